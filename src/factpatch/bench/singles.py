@@ -1,0 +1,67 @@
+"""Each edit made and scored alone: the setting of the survey's Table 4."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from factpatch.edits import Edit
+from factpatch.errors import AnatomyError, FactpatchError
+from factpatch.lm import LM
+from factpatch.methods import Method
+from factpatch.progress import Progress, silent
+from factpatch.scoring import Scorecard, Scorer
+
+__all__ = ["Failure", "Singles", "score_singly"]
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An edit the method refused, and why."""
+
+    edit: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Singles:
+    """The joint scorecard of edits made alone, and those that could not be made.
+
+    prepare_seconds  wall time of what the method computed once for the model
+    """
+
+    card: Scorecard | None
+    failures: tuple[Failure, ...]
+    prepare_seconds: float
+
+
+def score_singly(
+    lm: LM, method: Method[Any], edits: Sequence[Edit], scorer: Scorer, progress: Progress = silent
+) -> Singles:
+    """Fit, lay on, score and take off each edit by itself.
+
+    An edit that the method refuses is listed as a failure and the rest goes on; what is wrong with the model as a whole
+    (AnatomyError) is raised.
+    """
+    started = time.perf_counter()
+    method.prepare(lm, progress)
+    prepared = time.perf_counter() - started
+    scorer.baseline(edits, progress)
+    cards: list[Scorecard] = []
+    failures: list[Failure] = []
+    for i, edit in enumerate(edits):
+        progress(f"Editing and scoring with {method.name}", i, len(edits))
+        begun = time.perf_counter()
+        try:
+            patch = method.fit(lm, [edit])
+        except AnatomyError:
+            raise
+        except FactpatchError as error:
+            failures.append(Failure(edit.id, str(error)))
+            continue
+        seconds = round(time.perf_counter() - begun, 3)
+        cards.append(scorer.score([edit], patch).model_copy(update={"fit_seconds": seconds}))
+    progress(f"Editing and scoring with {method.name}", len(edits), len(edits))
+    return Singles(Scorecard.join(cards) if cards else None, tuple(failures), round(prepared, 3))

@@ -1,0 +1,40 @@
+"""The `factpatch` command and the way errors leave it."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import typer
+
+from factpatch.cli import ask, catalog, data, demo, edit, patch, score
+from factpatch.cli.terminal import fail
+from factpatch.errors import FactpatchError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="factpatch",
+    help="Patch what a language model knows, prove the patch worked, and undo it any time.",
+    epilog="Start with:  factpatch demo",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for module in (edit, score, ask, demo, catalog):
+    module.register(app)
+app.add_typer(patch.app, name="patch")
+app.add_typer(data.app, name="data")
+app.add_typer(catalog.models, name="models")
+
+
+def main() -> None:
+    """Run the command; exit with 0 for done, 1 for not good enough, 2 for bad input."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    try:
+        app()
+    except FactpatchError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        fail("stopped; nothing half-written is left", code=130)

@@ -1,0 +1,124 @@
+"""`factpatch methods` and `factpatch models`: what there is."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from factpatch.cli.terminal import JsonOption, out, print_json, progress
+
+models = typer.Typer(help="Models with a short name, and the anatomy found in any model.", invoke_without_command=True)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(name="methods", epilog="[bold]Example[/bold]\n\n  factpatch methods rome")(methods)
+
+
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One method, to see its settings.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """All editing methods, one line each; with a name, that method's settings."""
+    from factpatch.methods import find, names
+
+    if name is not None:
+        _settings(name, as_json)
+        return
+    found = [find(each) for each in names()]
+    rows = [
+        {
+            "method": method.name,
+            "family": method.traits.family,
+            "phase": method.traits.phase,
+            "paper": method.traits.paper,
+            "patch": method.traits.patch.kind,
+            "kinds": sorted(method.traits.kinds),
+            "subject": "needed" if method.traits.needs_subject else "not needed",
+            "many edits": "jointly" if method.traits.exact_batch else "one after the other",
+            "prepares": method.traits.prepares or "nothing",
+            "needs": method.traits.needs or "any model",
+        }
+        for method in found
+    ]
+    if as_json:
+        print_json(rows)
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    shown = ("method", "family", "phase", "paper", "patch", "subject", "many edits", "prepares", "needs")
+    for column in shown:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*(str(row[column]) for column in shown))
+    out.print(table)
+
+
+def _settings(name: str, as_json: bool) -> None:
+    from factpatch.methods import find
+
+    method = find(name)
+    fields = method.config_type.model_fields
+    rows = [{"setting": key, "default": field.default, "meaning": field.description} for key, field in fields.items()]
+    presets = [{"shape": list(p.shape), "values": dict(p.values), "source": p.source} for p in method.presets]
+    if as_json:
+        print_json({"method": name, "settings": rows, "presets": presets})
+        return
+    out.print(f"[bold]{name}[/bold]  {method.traits.paper}\n")
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("setting", "default", "meaning"):
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    out.print(table)
+    for preset in method.presets:
+        values = ", ".join(f"{key}={value}" for key, value in preset.values.items())
+        out.print(f"\n{preset.shape[0]} blocks of width {preset.shape[1]}: {values}\n  [dim]{preset.source}[/dim]")
+
+
+@models.callback()
+def list_models(context: typer.Context, as_json: JsonOption = False) -> None:
+    """Models with a short name, one line each. Folders, .gguf files and hub ids work everywhere too."""
+    if context.invoked_subcommand is not None:
+        return
+    from factpatch.lm.catalog import CATALOG, DEFAULT_MODEL
+    from factpatch.lm.fetch import is_fetched
+
+    rows = [
+        {
+            "name": entry.name,
+            "model": entry.title,
+            "parameters": entry.parameters,
+            "download": f"{entry.download_mb} MB",
+            "licence": entry.licence,
+            "fetched": is_fetched(entry.name),
+            "default": entry.name == DEFAULT_MODEL,
+        }
+        for entry in CATALOG.values()
+    ]
+    if as_json:
+        print_json(rows)
+        return
+    for row in rows:
+        marks = ("fetched" if row["fetched"] else "not fetched yet") + (", default" if row["default"] else "")
+        out.print(
+            f"[bold]{row['name']}[/bold]  {row['model']}, {row['parameters']}, {row['download']}, {row['licence']} [dim]({marks})[/dim]"
+        )
+
+
+@models.command(name="show", epilog="[bold]Example[/bold]\n\n  factpatch models show smollm2-135m")
+def show_model(
+    model: Annotated[str, typer.Argument(help="Short name, folder, .gguf file, or hub id.")],
+    as_json: JsonOption = False,
+) -> None:
+    """The anatomy found in a model: its blocks, projections, norm and head."""
+    from factpatch.lm import load
+
+    with progress() as report:
+        described = load(model, progress=report).describe()
+    if as_json:
+        print_json(described)
+        return
+    for key, value in described.items():
+        out.print(f"{key.replace('_', ' '):>20}  {value if value not in (None, '') else '–'}")

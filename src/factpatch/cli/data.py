@@ -1,0 +1,43 @@
+"""`factpatch data`: the data sets that can be read, and how a record is read."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from factpatch.cli.terminal import JsonOption, out, print_json
+from factpatch.data import readers, show
+
+app = typer.Typer(help="Data sets that can be read, and how a record is read.", invoke_without_command=True)
+
+
+@app.callback()
+def list_readers(context: typer.Context, as_json: JsonOption = False) -> None:
+    """Readers by name, one line each; NAME:PATH chooses reader and file."""
+    if context.invoked_subcommand is not None:
+        return
+    rows = {name: reader.description for name, reader in readers().items()}
+    if as_json:
+        print_json(rows)
+        return
+    for name, description in rows.items():
+        out.print(f"[bold]{name:<18}[/bold] {description}")
+
+
+@app.command(name="show", epilog="[bold]Example[/bold]\n\n  factpatch data show sample --record 3")
+def show_record(
+    data: Annotated[str, typer.Argument(help="NAME:PATH, the path of a file of your own, or sample.")],
+    record: Annotated[int, typer.Option(min=0, help="Which record, counted from 0.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """A record as it stands in the file, and the edit it is read as."""
+    shown = show(data, record)
+    if as_json:
+        print_json({"raw": shown.raw, "edit": shown.edit.to_json()})
+        return
+    out.print("[bold]in the file[/bold]")
+    out.print(json.dumps(shown.raw, indent=2, ensure_ascii=False), markup=False)
+    out.print("\n[bold]read as[/bold]")
+    out.print(json.dumps(shown.edit.to_json(), indent=2, ensure_ascii=False), markup=False)

@@ -1,0 +1,117 @@
+"""`factpatch demo`: one fact patched, proved and undone, with every step told."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from factpatch.cli.terminal import ModelOption, err, number, out, probe_table, progress, summary_table
+from factpatch.edits import Edit, Probe
+
+if TYPE_CHECKING:
+    from factpatch.lm import LM
+
+FACT = Edit(
+    id="demo",
+    kind="modify",
+    prompt="The capital of France is",
+    subject="France",
+    target="Lyon",
+    ground_truth=("Paris",),
+    rephrases=("The capital city of France is called", "France's capital is"),
+    portability={
+        "Logical_Generalization": (
+            Probe(prompt="The seat of the government of France is the city of", answers=("Lyon",)),
+        ),
+    },
+    locality={
+        "Neighborhood": (
+            Probe(prompt="The capital of Germany is", answers=("Berlin",)),
+            Probe(prompt="The capital of Italy is", answers=("Rome",)),
+        ),
+        "Relation_Specificity": (Probe(prompt="The official language of France is", answers=("French",)),),
+    },
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(name="demo", epilog="[bold]Example[/bold]\n\n  factpatch demo --out my-first-patch")(demo)
+
+
+def demo(
+    model: ModelOption = "smollm2-135m",
+    method: Annotated[str, typer.Option(help="How to edit.")] = "rome",
+    output: Annotated[Path, typer.Option("--out", help="Folder for the patch; replaced if it is there.")] = Path(
+        "demo-patch"
+    ),
+) -> None:
+    """Patch one fact, prove that it worked, save the patch, take it off again, and prove that too."""
+    import shutil
+
+    from factpatch.lm import load
+    from factpatch.lm.model import checksum
+    from factpatch.methods import create
+    from factpatch.patches import Patch
+    from factpatch.scoring import Scorer
+
+    with progress() as report:
+        lm = load(model, progress=report)
+    untouched = checksum(lm.model)
+    _step(1, f"{lm.name} is loaded. Asked, it says by itself:")
+    _say(FACT.prompt, lm.ask(FACT.prompt))
+
+    maker = create(method)
+    _step(2, f"Patching with {method} ({maker.traits.paper}): {FACT.prompt} → {FACT.target}")
+    with progress() as report:
+        maker.prepare(lm, report)
+        patch = maker.fit(lm, [FACT], report)
+        card = Scorer(lm).score([FACT], patch, progress=report)
+    for change in patch.changes():
+        out.print(f"  a {change['form']} change of one matrix, {change['parameter']}")
+
+    _step(3, "Does it hold? Paraphrases, what follows from it, and what must stay the same:")
+    out.print(probe_table(card))
+    out.print()
+    out.print(summary_table(card.summaries()))
+    out.print(
+        "  [dim]open: the model's free answers. survey: teacher-forced agreement, as published tables use it.[/dim]"
+    )
+
+    if (output / "patch.json").is_file():
+        shutil.rmtree(output)
+    patch = patch.with_scorecard(card.to_json())
+    patch.save(output)
+    size = sum(file.stat().st_size for file in output.iterdir()) / 1024
+    _step(4, f"Saved in {output}/ ({size:.0f} KiB). Loaded back and laid on, the model says:")
+    loaded = Patch.load(output)
+    with lm.patched(loaded):
+        _say(FACT.prompt, lm.ask(FACT.prompt))
+
+    _step(5, "Taken off, the old answer is back:")
+    _say(FACT.prompt, lm.ask(FACT.prompt))
+    _prove_untouched(lm, untouched, checksum(lm.model))
+    out.print(f'\nNext, try:  [bold]factpatch ask --patch {output} "France\'s capital is"[/bold]')
+    success = card.summary("open").edit_success
+    if success is None or success < 1:
+        err.print(f"the edit did not take: open edit success is {number(success)}")
+        sys.exit(1)
+
+
+def _step(count: int, text: str) -> None:
+    out.print(f"\n[bold]{count}[/bold]  {text}")
+
+
+def _say(prompt: str, answer: str) -> None:
+    out.print(f"   {prompt} [bold]{answer}[/bold]")
+
+
+def _prove_untouched(lm: LM, before: str, after: str) -> None:
+    if after != before:
+        err.print("the weights differ from before: this is a bug, please report it")
+        sys.exit(1)
+    count = sum(parameter.numel() for parameter in lm.model.parameters())
+    out.print(f"   and all {count:,} weights are bit for bit as before (SHA-256 {before[:16]}… before and after).")

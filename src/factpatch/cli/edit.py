@@ -1,0 +1,125 @@
+"""`factpatch edit`: make a patch from one fact or a file of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from factpatch.cli.terminal import (
+    ChatOption,
+    DeviceOption,
+    DTypeOption,
+    JsonOption,
+    ModelOption,
+    SetOption,
+    SkipOption,
+    number,
+    out,
+    print_json,
+    probe_table,
+    progress,
+    summary_table,
+)
+from factpatch.edits import Edit
+from factpatch.errors import BadRecord
+
+if TYPE_CHECKING:
+    from factpatch.patches import Patch
+    from factpatch.scoring import Scorecard
+
+EXAMPLES = """
+[bold]Examples[/bold]
+
+  factpatch edit --subject France --prompt "The capital of France is" --target Lyon --out lyon
+  factpatch edit --method ft-m --prompt "Who leads Acme?" --target "Jo Park" --out acme --set steps=40
+  factpatch edit --method r-rome --edits facts.jsonl --out facts
+"""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(name="edit", epilog=EXAMPLES)(edit)
+
+
+def edit(
+    model: ModelOption = "smollm2-135m",
+    method: Annotated[str, typer.Option(help="How to edit; see: factpatch methods")] = "rome",
+    prompt: Annotated[str | None, typer.Option(help="What the model is asked, without the answer.")] = None,
+    target: Annotated[str | None, typer.Option(help="What it should say.")] = None,
+    subject: Annotated[str | None, typer.Option(help="The part of the prompt the fact is about.")] = None,
+    edits: Annotated[str | None, typer.Option(help="Many edits: a .jsonl or .csv file, or NAME:PATH.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many edits of the file.")] = None,
+    output: Annotated[Path, typer.Option("--out", help="New folder for the patch.")] = ...,  # type: ignore[assignment]
+    settings: SetOption = None,
+    chat: ChatOption = False,
+    dtype: DTypeOption = None,
+    device: DeviceOption = None,
+    skip_invalid: SkipOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a patch, show what it changes and what the model says before and after, and save it.
+
+    Exits with 1 if the model, asked freely, does not give every target; the patch is saved all the same.
+    """
+    wanted = _edits(prompt, target, subject, edits, limit, skip_invalid)
+
+    from factpatch.files import refuse_taken
+    from factpatch.lm import load
+    from factpatch.methods import create, parse_settings
+    from factpatch.scoring import Scorer
+
+    refuse_taken(output)
+    maker = create(method, parse_settings(settings or []) | ({"chat": "true"} if chat else {}))
+    maker.check(wanted)
+    with progress() as report:
+        lm = load(model, dtype=dtype, device=device, progress=report)  # type: ignore[arg-type]
+        patch = maker.fit(lm, wanted, report)
+        card = Scorer(lm, chat=chat).score(wanted, patch, progress=report)
+    patch = patch.with_scorecard(card.to_json())
+    patch.save(output)
+    success = card.summary("open").edit_success or 0.0
+    if as_json:
+        print_json({"patch": str(output), **patch.describe()})
+    else:
+        _show(patch, card, output, model)
+    if success < 1:
+        raise typer.Exit(1)
+
+
+def _edits(
+    prompt: str | None,
+    target: str | None,
+    subject: str | None,
+    source: str | None,
+    limit: int | None,
+    skip_invalid: bool,
+) -> tuple[Edit, ...]:
+    if source is not None:
+        if prompt is not None or target is not None:
+            raise BadRecord(
+                "the command line", None, "--edits", "takes the place of --prompt and --target; give one or the other."
+            )
+        from factpatch.data import read
+
+        return read(source, skip_invalid=skip_invalid, limit=limit).edits
+    for name, value in (("--prompt", prompt), ("--target", target)):
+        if value is None:
+            raise BadRecord(
+                "the command line", None, name, "is missing.", "Give --prompt and --target, or --edits FILE."
+            )
+    record = {"id": "edit", "prompt": prompt, "target": target, "subject": subject}
+    return (Edit.from_json(record, source="the command line"),)
+
+
+def _show(patch: Patch, card: Scorecard, folder: Path, model: str) -> None:
+    out.print(f"[bold]{len(patch.provenance.edits)} edit(s) with {patch.provenance.method}[/bold]")
+    for change in patch.changes():
+        shape = " × ".join(map(str, change["shape"]))
+        out.print(f"  changes {change['parameter']} ({shape}, {change['form']}, norm {number(change['norm'])})")
+    out.print()
+    out.print(probe_table(card))
+    out.print()
+    out.print(summary_table(card.summaries()))
+    out.print(f'\nSaved as [bold]{folder}[/bold]. Try:  factpatch ask --model {model} --patch {folder} "a question"')

@@ -1,0 +1,61 @@
+"""`factpatch patch`: look at patches on disk, and merge them into a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from factpatch.cli.terminal import DTypeOption, JsonOption, ModelOption, number, out, print_json, progress
+
+app = typer.Typer(help="Look at patches, and merge them into a plain checkpoint.", no_args_is_help=True)
+
+
+@app.command(name="show", epilog="[bold]Example[/bold]\n\n  factpatch patch show lyon")
+def show(
+    folder: Annotated[Path, typer.Argument(help="Patch folder.")],
+    as_json: JsonOption = False,
+) -> None:
+    """What a patch changes, how it was made, and how it scored."""
+    from factpatch.patches import Patch
+
+    described = Patch.load(folder).describe()
+    if as_json:
+        print_json(described)
+        return
+    out.print(
+        f"[bold]{folder}[/bold]  {described['kind']} patch {described['id']}, {described['bytes'] / 1024:.0f} KiB"
+    )
+    out.print(f"made by {described['method']} for {described['base_name']} ({described['base_fingerprint'][:16]}…)")
+    if described["fitted_on"]:
+        out.print(f"on top of {', '.join(described['fitted_on'])}")
+    for change in described["changes"]:
+        out.print(f"changes {change['parameter']} {change['shape']}, {change['form']}, norm {number(change['norm'])}")
+    for edit in described["edits"]:
+        out.print(f"  {edit['kind']}: {edit['prompt']} → [bold]{edit['target']}[/bold]", markup=True)
+    for summary in (described["scorecard"] or {}).get("summaries", []):
+        names = ("edit_success", "rephrase", "portability", "locality", "fluency")
+        out.print(f"[dim]{summary['protocol']}: " + ", ".join(f"{n} {number(summary[n])}" for n in names) + "[/dim]")
+
+
+@app.command(name="merge", epilog="[bold]Example[/bold]\n\n  factpatch patch merge lyon acme --out patched-model")
+def merge(
+    folders: Annotated[list[Path], typer.Argument(help="Patch folders, in the order they are laid on.")],
+    output: Annotated[Path, typer.Option("--out", help="New folder for the checkpoint.")],
+    model: ModelOption = "smollm2-135m",
+    dtype: DTypeOption = None,
+) -> None:
+    """Write the model with its patches as a plain Hugging Face checkpoint, which needs no factpatch."""
+    from factpatch.files import refuse_taken
+    from factpatch.lm import load
+    from factpatch.patches import Patch
+    from factpatch.patches import merge as merge_into
+
+    refuse_taken(output)
+    patches = [Patch.load(folder) for folder in folders]
+    with progress() as report:
+        lm = load(model, dtype=dtype, progress=report)  # type: ignore[arg-type]
+        report("Writing the checkpoint", 0, 1)
+        merge_into(lm, patches, output)
+    out.print(f'Wrote [bold]{output}[/bold]. Load it as any model:  factpatch ask --model {output} "a question"')

@@ -1,0 +1,152 @@
+"""`factpatch score`: how a patch, a method or the bare model does on a data set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from factpatch.cli.terminal import (
+    ChatOption,
+    DeviceOption,
+    DTypeOption,
+    JsonOption,
+    ModelOption,
+    SetOption,
+    SkipOption,
+    err,
+    number,
+    out,
+    print_json,
+    progress,
+    summary_table,
+)
+from factpatch.errors import BadConfig
+
+if TYPE_CHECKING:
+    from factpatch.bench import Failure
+    from factpatch.data import Dataset
+    from factpatch.scoring import Scorecard
+
+EXAMPLES = """
+[bold]Examples[/bold]
+
+  factpatch score --patch lyon --data sample --limit 10
+  factpatch score --method ft-m --data wiki_counterfact:KnowEdit/wiki_counterfact/train_cf.json --limit 20
+  factpatch score --method rome --set layer=8 --data sample --limit 5 --json > rome.json
+"""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(name="score", epilog=EXAMPLES)(score)
+
+
+def score(
+    data: Annotated[
+        str, typer.Option(help="NAME:PATH, the path of a file of your own, or sample; see: factpatch data")
+    ],
+    model: ModelOption = "smollm2-135m",
+    patch: Annotated[list[Path] | None, typer.Option(help="Patch folder; may be repeated, in order.")] = None,
+    method: Annotated[str | None, typer.Option(help="Make and score each edit alone with this method.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many edits.")] = None,
+    settings: SetOption = None,
+    chat: ChatOption = False,
+    seed: Annotated[int, typer.Option(help="Of the sampled text that fluency is measured on.")] = 0,
+    dtype: DTypeOption = None,
+    device: DeviceOption = None,
+    skip_invalid: SkipOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Score under both protocols, open (free answers) and survey (teacher-forced), before and after.
+
+    With --patch, all edits are scored under those patches together; with --method, each edit is made and scored alone;
+    with neither, the model itself is scored. Exits with 1 if some edits could not be made.
+    """
+    if method and patch:
+        raise BadConfig("--method and --patch: give one or the other.\n  --method makes its own patch for each edit.")
+    if settings and not method:
+        raise BadConfig("--set: settings belong to a method.\n  Give --method too.")
+
+    from factpatch.bench import score_singly
+    from factpatch.data import read
+    from factpatch.lm import load
+    from factpatch.methods import create, parse_settings
+    from factpatch.patches import Patch
+    from factpatch.scoring import Scorer
+
+    dataset = read(data, skip_invalid=skip_invalid, limit=limit)
+    maker = create(method, parse_settings(settings or []) | ({"chat": "true"} if chat else {})) if method else None
+    patches = [Patch.load(folder) for folder in patch or []]
+    failures: tuple[Failure, ...] = ()
+    with progress() as report:
+        lm = load(model, dtype=dtype, device=device, progress=report)  # type: ignore[arg-type]
+        scorer = Scorer(lm, chat=chat, seed=seed)
+        card: Scorecard | None
+        if maker is not None:
+            done = score_singly(lm, maker, dataset.edits, scorer, report)
+            card, failures = done.card, done.failures
+        else:
+            card = scorer.score(dataset.edits, *patches, progress=report)
+    label = method or ("+".join(folder.name for folder in patch) if patch else "none")
+    if as_json:
+        print_json(_rows(card, failures, dataset, label, lm.name, lm.fingerprint, seed))
+    elif card is not None:
+        out.print(f"[bold]{label}[/bold] on {dataset.name}, {len(dataset.edits)} edits, {lm.name}")
+        out.print(summary_table(card.summaries()))
+        for summary in card.summaries():
+            kinds = ", ".join(f"{kind} {number(value)}" for kind, value in summary.by_kind.items())
+            out.print(
+                f"[dim]{summary.protocol}: {kinds}; {summary.unscored} of {summary.scored + summary.unscored} probes unscored[/dim]"
+            )
+        if card.fit_seconds is not None:
+            edits = len(dataset.edits) - len(failures)
+            out.print(
+                f"[dim]{card.fit_seconds / edits:.1f} s to fit and {card.score_seconds / edits:.1f} s to score an edit[/dim]"
+            )
+    for failure in failures:
+        err.print(f"[yellow]not made:[/yellow] {failure.reason}", markup=True)
+    if failures:
+        raise typer.Exit(1)
+
+
+def _rows(
+    card: Scorecard | None,
+    failures: tuple[Failure, ...],
+    dataset: Dataset,
+    method: str,
+    model: str,
+    fingerprint: str,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """One row for each protocol, with the detail beneath."""
+    refused = [{"edit": failure.edit, "reason": failure.reason} for failure in failures]
+    common = {
+        "method": method,
+        "dataset": dataset.name,
+        "data_sha256": dataset.sha256,
+        "skipped_records": len(dataset.skipped),
+        "model": model,
+        "fingerprint": fingerprint,
+        "seed": seed,
+    }
+    if card is None:
+        return [common | {"edits": 0, "not_made": refused}]
+    return [
+        common
+        | summary.model_dump(mode="json")
+        | {
+            "chat": card.chat,
+            "fit_seconds": card.fit_seconds,
+            "score_seconds": card.score_seconds,
+            "baseline_seconds": card.baseline_seconds,
+            "not_made": refused,
+            "detail": [
+                row.model_dump(mode="json", exclude_defaults=True)
+                for row in card.scores
+                if row.protocol == summary.protocol
+            ],
+        }
+        for summary in card.summaries()
+    ]

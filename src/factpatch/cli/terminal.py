@@ -1,0 +1,121 @@
+"""What the commands share: consoles, progress, options, errors, and how a scorecard is shown."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from factpatch.progress import Progress as Report
+
+if TYPE_CHECKING:
+    from factpatch.scoring import Scorecard, Summary
+
+out = Console(highlight=False, soft_wrap=False)
+err = Console(stderr=True, highlight=False)
+
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        "--model", "-m", help="Short name, folder with a checkpoint, .gguf file, or hub id.", show_default=True
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for scripts.")]
+ChatOption = Annotated[bool, typer.Option("--chat", help="Put prompts into the model's chat template.")]
+DTypeOption = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
+DeviceOption = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method, such as --set layer=8; may be repeated."),
+]
+SkipOption = Annotated[bool, typer.Option("--skip-invalid", help="Count and leave out records that cannot be read.")]
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    """One clear message on stderr, then the exit."""
+    err.print(Text("error: ", style="bold red") + Text(message))
+    sys.exit(code)
+
+
+def print_json(value: Any) -> None:
+    """JSON on stdout and nothing else."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def progress() -> Iterator[Report]:
+    """A bar on stderr for work that takes more than a moment; plain lines where there is no terminal."""
+    if not err.is_terminal:
+        yield _Lines()
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=30), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=True) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def report(doing: str, done: int, total: int | None) -> None:
+            if doing not in tasks:
+                for task in tasks.values():
+                    bars.update(task, visible=False)
+                tasks[doing] = bars.add_task(doing, total=total)
+            bars.update(tasks[doing], completed=done, total=total, visible=total is None or done < total)
+
+        yield report
+
+
+class _Lines:
+    """One line for each thing begun, at most one every two seconds, where a bar cannot be drawn."""
+
+    def __init__(self) -> None:
+        self._doing, self._last = "", 0.0
+
+    def __call__(self, doing: str, done: int, total: int | None) -> None:
+        now = time.monotonic()
+        if doing == self._doing or now - self._last < 2:
+            return
+        self._doing, self._last = doing, now
+        err.print(f"{doing} …" if not total or total == 1 else f"{doing} … ({done} of {total})")
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number for a table; a dash where there is none."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def summary_table(summaries: Sequence[Summary]) -> Table:
+    """Before and after, one row for each protocol and moment."""
+    table = Table(title_justify="left", header_style="bold", box=None, pad_edge=False)
+    for name in ("protocol", "", "edit success", "rephrase", "portability", "locality", "fluency"):
+        table.add_column(name, justify="left" if name in {"protocol", ""} else "right")
+    for s in summaries:
+        before = [s.edit_success_before, s.rephrase_before, s.portability_before, None, s.fluency_before]
+        after = [s.edit_success, s.rephrase, s.portability, s.locality, s.fluency]
+        table.add_row(s.protocol, "before", *(number(v) for v in before), style="dim")
+        table.add_row("", "after", *(number(v) for v in after))
+    return table
+
+
+def probe_table(card: Scorecard, *, protocol: str = "open", limit: int = 40) -> Table:
+    """What the model said to each probe, before and after."""
+    table = Table(header_style="bold", box=None, pad_edge=False)
+    table.add_column("", width=1)
+    table.add_column("probe", style="dim", no_wrap=True)
+    table.add_column("prompt", ratio=4)
+    table.add_column("before", ratio=3)
+    table.add_column("after", ratio=3)
+    rows = [row for row in card.scores if row.protocol == protocol and row.role != "fluency"]
+    for row in rows[:limit]:
+        mark = "·" if row.after is None else ("✓" if row.after >= 1 else "✗")
+        style = {"✓": "green", "✗": "red", "·": "dim"}[mark]
+        table.add_row(Text(mark, style=style), row.kind or row.role, row.prompt, row.said_before, row.said_after)
+    return table

@@ -1,0 +1,108 @@
+"""Files that are either whole or absent: what is written appears under its name only when it is complete."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import platformdirs
+
+from factpatch.errors import OutputError
+
+__all__ = ["cache_root", "sha256_of", "whole_file", "whole_folder"]
+
+
+def cache_root() -> Path:
+    """Where fetched models and costly statistics are kept: `$FACTPATCH_CACHE`, or the user's cache folder."""
+    named = os.environ.get("FACTPATCH_CACHE")
+    return Path(named).expanduser() if named else platformdirs.user_cache_path("factpatch")
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def make_folder(path: Path) -> Path:
+    """The folder, made if need be. Raises OutputError where that is not allowed."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    return path
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a path to write to; on success it takes the name `path`, on any error nothing is left.
+
+    Raises OutputError if the place cannot be written.
+    """
+    make_folder(path.parent)
+    with _scratch(path) as folder:
+        draft = folder / path.name
+        yield draft
+        _flush(draft)
+        draft.replace(path)
+
+
+@contextmanager
+def whole_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield an empty folder to fill; on success it takes the name `path`, on any error nothing is left.
+
+    Raises OutputError if the place cannot be written, or is taken and `replace` is false.
+    """
+    make_folder(path.parent)
+    if not replace:
+        refuse_taken(path)
+    with _scratch(path) as folder:
+        draft = folder / "draft"
+        draft.mkdir()
+        yield draft
+        for file in draft.rglob("*"):
+            if file.is_file():
+                _flush(file)
+        if path.exists():
+            path.replace(folder / "old")
+        draft.replace(path)
+
+
+def refuse_taken(path: Path) -> None:
+    """Raise OutputError if something other than an empty folder has this name."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise OutputError(
+            f"{path}: already there, and it is not overwritten.\n  Name another folder, or remove this one."
+        )
+
+
+@contextmanager
+def _scratch(path: Path) -> Iterator[Path]:
+    """A hidden folder beside `path`, so that the final rename stays on one disk; removed whatever happens."""
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    try:
+        yield folder
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _unwritable(path: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"{path}: cannot be written ({error.strerror or error}).\n"
+        "  Name a folder you may write to with space left; caches move with the variable FACTPATCH_CACHE."
+    )

@@ -1,0 +1,110 @@
+"""Read or replace an activation for the length of a `with`; whatever happens inside, the module is left as it was.
+
+Modules take and give a tensor, or a tuple whose first item is the hidden state; these hooks see the tensor alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["reading", "recording", "replacing_input", "replacing_output", "resuming", "until"]
+
+
+class _Reached(Exception):
+    """The forward pass has gone far enough."""
+
+
+def _hidden(value: Any) -> Tensor:
+    hidden: Tensor = value[0] if isinstance(value, tuple) else value
+    return hidden
+
+
+def _with_hidden(value: Any, hidden: Tensor) -> Any:
+    return (hidden, *value[1:]) if isinstance(value, tuple) else hidden
+
+
+@contextmanager
+def reading(module: nn.Module, see: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
+    """Call `see(input, output)` each time the module runs."""
+    handle = module.register_forward_hook(lambda _, args, out: see(args[0], _hidden(out)))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def replacing_output(module: nn.Module, new: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
+    """Let `new(input, output)` stand for the module's output."""
+    handle = module.register_forward_hook(lambda _, args, out: _with_hidden(out, new(args[0], _hidden(out))))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def replacing_input(module: nn.Module, new: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let `new(input)` stand for the module's input."""
+    handle = module.register_forward_pre_hook(lambda _, args: (new(args[0]), *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def until(module: nn.Module) -> Iterator[None]:
+    """Run the model only as far as this module, which still runs; the rest of the `with` body is left there."""
+
+    def stop(*_: Any) -> None:
+        raise _Reached
+
+    handle = module.register_forward_hook(stop)
+    try:
+        yield
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def recording(module: nn.Module) -> Iterator[list[Any]]:
+    """Keep what the module returns, as it returns it: the form `resuming` takes."""
+    kept: list[Any] = []
+    handle = module.register_forward_hook(lambda _, __, out: kept.append(out))
+    try:
+        yield kept
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def resuming(blocks: Sequence[nn.Module], output: Any) -> Iterator[None]:
+    """Skip these first blocks: each hands on `output`, recorded at the last of them from the same tokens.
+
+    What depends on tokens and positions alone (masks, rotary angles) is still computed by the model around them.
+    """
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(_returning(block, output))
+        yield
+
+
+@contextmanager
+def _returning(module: nn.Module, output: Any) -> Iterator[None]:
+    # Replacing `forward` on the instance skips the work itself; a hook could only discard its result.
+    own = module.__dict__.get("forward")
+    module.forward = lambda *_, **__: output
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own

@@ -1,0 +1,82 @@
+"""From what a user types to an `LM`: a short name, a folder, a GGUF file or a hub id."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from factpatch.errors import UnknownModel, did_you_mean
+from factpatch.lm.catalog import CATALOG, DEFAULT_MODEL
+from factpatch.lm.fetch import ensure, ensure_gguf, without_bars
+from factpatch.lm.model import LM
+from factpatch.progress import Progress, silent
+
+__all__ = ["DTypeName", "load"]
+
+DTypeName = Literal["float32", "bfloat16", "float16"]
+
+
+def load(
+    source: str | Path = DEFAULT_MODEL,
+    *,
+    device: str | torch.device | None = None,
+    dtype: DTypeName | None = None,
+    anatomy: Mapping[str, str] | None = None,
+    progress: Progress = silent,
+) -> LM:
+    """Load a causal language model.
+
+    source   a short name (`factpatch models` lists them), a folder with a checkpoint, a `.gguf` file, or a hub id
+    device   "cpu", "cuda", "cuda:1"; by default a GPU if there is one
+    dtype    by default float32 on a CPU, the checkpoint's own on a GPU
+    anatomy  paths of parts the search cannot find; see `find_anatomy`
+
+    Raises UnknownModel, FetchError, AnatomyError, TokenizerError, OutputError (the cache cannot be written).
+    """
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    kind = getattr(torch, dtype) if dtype else (torch.float32 if place.type == "cpu" else "auto")
+    folder = _locate(str(source), progress)
+    progress("Loading the model", 0, 1)
+    try:
+        with without_bars():
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=kind)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UnknownModel(
+            f'"{source}": no model could be loaded from there ({reason}).\n'
+            f"  Expected a short name ({', '.join(CATALOG)}), a folder with config.json, weights and tokenizer.json, a .gguf "
+            f"file, or the id of a model on the Hugging Face hub.{did_you_mean(str(source), CATALOG)}"
+        ) from error
+    assert isinstance(model, PreTrainedModel)
+    model.to(device=place)  # type: ignore[call-arg]
+    model.train(mode=False)
+    progress("Loading the model", 1, 1)
+    return LM(model, tokenizer, name=Path(source).name if Path(source).exists() else str(source), anatomy=anatomy)
+
+
+def _locate(source: str, progress: Progress) -> str:
+    """A folder or hub id that transformers understands."""
+    if source in CATALOG:
+        return str(ensure(CATALOG[source], progress))
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UnknownModel(f"{source}: there is no such GGUF file.\n  Check the path.")
+        return str(ensure_gguf(path, progress))
+    if path.is_dir():
+        return str(path)
+    # A hub id is "name" or "owner/name"; anything else was meant as a path.
+    if source.count("/") > 1 or source.startswith((".", "/", "~")):
+        raise UnknownModel(
+            f"{source}: there is no such folder.\n  Check the path, or see the short names: factpatch models"
+        )
+    if "/" not in source:
+        hint = did_you_mean(source, CATALOG)
+        if hint:
+            raise UnknownModel(f'no model "{source}".{hint}  All short names: factpatch models')
+    return source

@@ -1,0 +1,184 @@
+"""`LM`: one language model in hand, with the patches that lie on it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from factpatch.lm.anatomy import find_anatomy
+from factpatch.lm.run import generate
+from factpatch.lm.sentences import first_sentence, has_ended
+from factpatch.lm.tokens import Tokens
+
+__all__ = ["LM", "Attachable", "checksum", "fingerprint"]
+
+
+class Attachable(Protocol):
+    """Anything that can be laid on a model and taken off again; every patch is one."""
+
+    def attach(self, lm: LM) -> Callable[[], None]:
+        """Change `lm`'s behaviour and return what undoes exactly that; on an error, change nothing."""
+        ...
+
+
+class LM:
+    """A causal language model, its tokenizer, its anatomy, and a stack of patches.
+
+    model      the transformers model; its weights are the base's plus what the stack says
+    tokenizer  its fast tokenizer
+    tokens     the rules from text to tokens
+    anatomy    where its parts are
+    name       what the user called it; for people, never for decisions
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str = "model",
+        anatomy: Mapping[str, str] | None = None,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.tokens = Tokens(tokenizer)
+        self.anatomy = find_anatomy(model, anatomy)
+        self.name = name
+        self._stack: list[tuple[Attachable, Callable[[], None]]] = []
+
+    @property
+    def device(self) -> torch.device:
+        """Where the token embedding lies, hence where inputs go."""
+        weight = self.anatomy.embedding.weight
+        assert isinstance(weight, Tensor)
+        return weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' type."""
+        return self.anatomy.head.weight.dtype
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The base model's fingerprint: the same with and without patches, and in every dtype.
+
+        It is taken once, at the latest before the first patch is laid on. Changing weights by other means than
+        patches after that goes unnoticed.
+        """
+        assert not self._stack, "apply() takes the fingerprint before the first patch"
+        return fingerprint(self.model)
+
+    @cached_property
+    def end_tokens(self) -> frozenset[int]:
+        """The tokens that end a text."""
+        config = self.model.generation_config
+        ids = [getattr(config, "eos_token_id", None), self.tokenizer.eos_token_id]
+        flat = [i for item in ids for i in (item if isinstance(item, list) else [item])]
+        return frozenset(int(i) for i in flat if i is not None)
+
+    @property
+    def patches(self) -> tuple[Attachable, ...]:
+        """The patches that lie on the model, first to last."""
+        return tuple(patch for patch, _ in self._stack)
+
+    def apply(self, patch: Attachable) -> None:
+        """Lay a patch on top. Raises WrongBase if it was made for another model; then nothing changes."""
+        _ = self.fingerprint
+        self._stack.append((patch, patch.attach(self)))
+
+    def remove(self, patch: Attachable) -> None:
+        """Take a patch off, wherever in the stack it lies; the model is bit for bit as if it had never been there.
+
+        Raises ValueError if it does not lie on the model.
+        """
+        index = max((i for i, (p, _) in enumerate(self._stack) if p is patch), default=None)
+        if index is None:
+            raise ValueError("this patch does not lie on the model")
+        above = [p for p, _ in self._stack[index + 1 :]]
+        while len(self._stack) > index:
+            self._stack.pop()[1]()
+        for later in above:
+            self.apply(later)
+
+    @contextmanager
+    def patched(self, *patches: Attachable) -> Iterator[LM]:
+        """Lay patches on in order for the length of a `with`, and take them off whatever happens inside."""
+        laid: list[Attachable] = []
+        try:
+            for patch in patches:
+                self.apply(patch)
+                laid.append(patch)
+            yield self
+        finally:
+            for patch in reversed(laid):
+                self.remove(patch)
+
+    @contextmanager
+    def unpatched(self) -> Iterator[LM]:
+        """The base model for the length of a `with`; afterwards the same patches lie on it again."""
+        lifted = self.patches
+        for patch in reversed(lifted):
+            self.remove(patch)
+        try:
+            yield self
+        finally:
+            for patch in lifted:
+                self.apply(patch)
+
+    def answer(self, prompts: Sequence[str], *, chat: bool = False, max_new: int = 64) -> list[str]:
+        """What the model says by itself: greedy, until it ends, a new line or the end of a sentence."""
+        written = generate(
+            self,
+            [self.tokens.encode(prompt, chat=chat).ids for prompt in prompts],
+            max_new=max_new,
+            stop=lambda ids: has_ended(self.tokens.decode(ids)),
+            end=self.end_tokens,
+        )
+        return [first_sentence(self.tokens.decode(ids)) for ids in written]
+
+    def ask(self, prompt: str, *, chat: bool = False) -> str:
+        """The model's own answer to one prompt."""
+        return self.answer([prompt], chat=chat)[0]
+
+    def describe(self) -> dict[str, Any]:
+        """Name, fingerprint and parts, JSON-ready."""
+        return {
+            "name": self.name,
+            "fingerprint": self.fingerprint,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": str(self.device),
+            "chat_template": self.tokens.has_chat,
+            **self.anatomy.describe(),
+        }
+
+
+def checksum(model: PreTrainedModel) -> str:
+    """SHA-256 over every weight and buffer, bit for bit: equal before and after means that nothing has changed."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()]):
+        digest.update(name.encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """SHA-256 over the architecture and all weights, rounded to bfloat16.
+
+    Rounding lets a checkpoint have one fingerprint in float32 and in bfloat16; tied weights count once.
+    """
+    digest = hashlib.sha256(str(getattr(model.config, "model_type", "")).encode())
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(_bytes(parameter.to(torch.bfloat16)))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data

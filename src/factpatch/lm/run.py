@@ -1,0 +1,289 @@
+"""Run the model over many texts at once: read its predictions at chosen places, or let it write.
+
+Texts are sorted by length and run in batches bounded by tokens; the head is computed only where it is read. No result
+depends on batch order or size beyond float tolerance, and sampling is seeded by each text alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from factpatch.lm.anatomy import Anatomy
+from factpatch.lm.hooks import reading, recording, replacing_input, resuming, until
+from factpatch.lm.tokens import Encoded
+
+__all__ = [
+    "Batch",
+    "Places",
+    "Prediction",
+    "Sampler",
+    "UpperRun",
+    "evaluating",
+    "generate",
+    "greedy",
+    "input_of",
+    "length_batches",
+    "logits_at",
+    "predict",
+]
+
+BATCH_TOKENS = 4096
+"""How many tokens, padding included, one batch holds at most. Bounds memory; does not change results."""
+
+
+class Runnable(Protocol):
+    """What is needed of a model here; `LM` is one."""
+
+    @property
+    def model(self) -> nn.Module: ...
+    @property
+    def anatomy(self) -> Anatomy: ...
+    @property
+    def device(self) -> torch.device: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Padded token ids and the mask (1 where there is a token) that goes with them."""
+
+    ids: Int[Tensor, "batch seq"]
+    mask: Int[Tensor, "batch seq"]
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[int]], device: torch.device, *, left: bool = False) -> Batch:
+        """Pad rows to one length: on the right for reading, on the left for writing on."""
+        width = max(len(row) for row in rows)
+        ids = torch.zeros(len(rows), width, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            span = slice(width - len(row), width) if left else slice(0, len(row))
+            ids[i, span] = torch.tensor(list(row), dtype=torch.long)
+            mask[i, span] = 1
+        return cls(ids.to(device), mask.to(device))
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Positions in a batch: row and column of each."""
+
+    rows: Int[Tensor, " reads"]
+    cols: Int[Tensor, " reads"]
+
+    @classmethod
+    def of(cls, columns: Sequence[Sequence[int]], device: torch.device) -> Places:
+        """For each row of a batch, the columns to read."""
+        rows = [row for row, cols in enumerate(columns) for _ in cols]
+        flat = [col for cols in columns for col in cols]
+        return cls(
+            torch.tensor(rows, dtype=torch.long, device=device), torch.tensor(flat, dtype=torch.long, device=device)
+        )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off for a while, and every module back to the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@torch.no_grad()
+def input_of(lm: Runnable, module: nn.Module, batch: Batch) -> Float[Tensor, "batch seq width"]:
+    """What a module reads, everywhere in the batch; the model runs no further than that."""
+    seen: list[Tensor] = []
+    with evaluating(lm.model), reading(module, lambda x, _: seen.append(x)), until(module):
+        lm.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+    return seen[0].reshape(*batch.ids.shape, -1)  # some blocks flatten the first two axes
+
+
+def logits_at(lm: Runnable, batch: Batch, places: Places) -> Float[Tensor, "reads vocab"]:
+    """Logits at the given places only, in float32; keeps the graph if gradients are on."""
+    gather = replacing_input(lm.anatomy.head, lambda hidden: hidden[places.rows, places.cols].unsqueeze(0))
+    with evaluating(lm.model), gather:
+        out = lm.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+    logits: Tensor = out.logits[0]
+    return logits.float()
+
+
+class UpperRun:
+    """The forward pass from block `layer` on, over one batch, as often as wanted.
+
+    The blocks beneath run once and are then skipped, which changes nothing as long as they do not change.
+    """
+
+    def __init__(self, lm: Runnable, batch: Batch, layer: int) -> None:
+        self.lm, self.batch = lm, batch
+        self._below = lm.anatomy.blocks[:layer]
+        self._output: Any = None
+        if self._below:
+            with torch.no_grad(), evaluating(lm.model), recording(self._below[-1]) as kept, until(self._below[-1]):
+                lm.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+            self._output = kept[0]
+
+    def logits_at(self, places: Places) -> Float[Tensor, "reads vocab"]:
+        """As the function of this name, without running the blocks beneath again."""
+        with resuming(self._below, self._output):
+            return logits_at(self.lm, self.batch, places)
+
+
+def length_batches(lengths: Sequence[int], budget: int = BATCH_TOKENS) -> Iterator[list[int]]:
+    """Indices sorted by length and cut so that rows times the longest stay within the budget."""
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        if batch and (len(batch) + 1) * lengths[index] > budget:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What the model predicts for a target it is shown token by token (teacher forcing).
+
+    target     the target's tokens
+    best       the most likely token at each of their positions
+    logprobs   log-probability of each target token, in nats
+    """
+
+    target: tuple[int, ...]
+    best: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+
+@torch.no_grad()
+def predict(lm: Runnable, texts: Sequence[Encoded]) -> list[Prediction]:
+    """Teacher-forced predictions for each text's target, in the order given."""
+    done: dict[Encoded, Prediction] = {}
+    wanted = list(dict.fromkeys(texts))
+    for indices in length_batches([len(text.ids) for text in wanted]):
+        chosen = [wanted[i] for i in indices]
+        batch = Batch.of([text.ids for text in chosen], lm.device)
+        places = Places.of([range(text.target - 1, len(text.ids) - 1) for text in chosen], lm.device)
+        logprobs = logits_at(lm, batch, places).log_softmax(-1)
+        target = batch.ids[places.rows, places.cols + 1]
+        best, own = logprobs.argmax(-1).tolist(), logprobs.gather(-1, target[:, None])[:, 0].tolist()
+        at = 0
+        for text in chosen:
+            n = len(text.target_ids)
+            done[text] = Prediction(text.target_ids, tuple(best[at : at + n]), tuple(own[at : at + n]))
+            at += n
+    return [done[text] for text in texts]
+
+
+class Chooser(Protocol):
+    """Picks the next token of each row from its logits; `prompts` tells whose row it is."""
+
+    def __call__(self, logits: Float[Tensor, "batch vocab"], prompts: Sequence[tuple[int, ...]]) -> Tensor: ...
+
+
+def greedy(logits: Float[Tensor, "batch vocab"], prompts: Sequence[tuple[int, ...]]) -> Tensor:  # noqa: ARG001
+    """The most likely token."""
+    return logits.argmax(-1)
+
+
+class Sampler:
+    """Sample among the `top_k` most likely tokens at temperature 1.
+
+    Each prompt has a random stream of its own, seeded by `seed` and the prompt, so that a text does not depend on what
+    it is batched with. The global random state is neither read nor advanced.
+    """
+
+    def __init__(self, seed: int, top_k: int) -> None:
+        self.seed, self.top_k = seed, top_k
+        self._streams: dict[tuple[int, ...], torch.Generator] = {}
+
+    def __call__(self, logits: Float[Tensor, "batch vocab"], prompts: Sequence[tuple[int, ...]]) -> Tensor:
+        """One token a row: the largest of log-probability plus Gumbel noise is a sample of the distribution."""
+        top = logits.float().topk(min(self.top_k, logits.shape[-1]), dim=-1)
+        uniform = torch.stack([torch.rand(top.values.shape[-1], generator=self._stream(p)) for p in prompts])
+        noise = -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
+        pick = (top.values + noise.to(logits.device)).argmax(-1, keepdim=True)
+        return top.indices.gather(-1, pick)[:, 0]
+
+    def _stream(self, prompt: tuple[int, ...]) -> torch.Generator:
+        if prompt not in self._streams:
+            digest = hashlib.sha256(repr((self.seed, prompt)).encode()).digest()
+            self._streams[prompt] = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
+        return self._streams[prompt]
+
+
+def _goes_on(written: list[int]) -> bool:  # noqa: ARG001
+    return False
+
+
+@torch.no_grad()
+def generate(
+    lm: Runnable,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new: int,
+    choose: Chooser = greedy,
+    stop: Callable[[list[int]], bool] = _goes_on,
+    end: frozenset[int] = frozenset(),
+    batch_tokens: int = BATCH_TOKENS,
+) -> list[list[int]]:
+    """Write at most `max_new` tokens after each prompt, in the order given.
+
+    A row ends before a token in `end`, or after the token at which `stop(written so far)` is true; rows that have ended
+    leave the batch.
+    """
+    wanted = list(dict.fromkeys(tuple(prompt) for prompt in prompts))
+    done: dict[tuple[int, ...], list[int]] = {}
+    with evaluating(lm.model):
+        for indices in length_batches([len(prompt) + max_new for prompt in wanted], batch_tokens):
+            chosen = [wanted[i] for i in indices]
+            done.update(zip(chosen, _write(lm, chosen, max_new, choose, stop, end), strict=True))
+    return [list(done[tuple(prompt)]) for prompt in prompts]
+
+
+def _write(
+    lm: Runnable,
+    prompts: Sequence[tuple[int, ...]],
+    max_new: int,
+    choose: Chooser,
+    stop: Callable[[list[int]], bool],
+    end: frozenset[int],
+) -> list[list[int]]:
+    written: list[list[int]] = [[] for _ in prompts]
+    live = list(range(len(prompts)))
+    batch = Batch.of(prompts, lm.device, left=True)
+    ids, mask, cache = batch.ids, batch.mask, None
+    takes_positions = "position_ids" in inspect.signature(lm.model.forward).parameters
+    with replacing_input(lm.anatomy.head, lambda hidden: hidden[:, -1:]):
+        for _ in range(max_new):
+            extra = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]} if takes_positions else {}
+            out = lm.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)
+            cache = out.past_key_values
+            tokens = choose(out.logits[:, -1], [prompts[i] for i in live])
+            stay = []
+            for row, (index, token) in enumerate(zip(live, tokens.tolist(), strict=True)):
+                if token in end:
+                    continue
+                written[index].append(token)
+                if not stop(written[index]):
+                    stay.append(row)
+            if not stay:
+                break
+            ids, mask = tokens[:, None], torch.cat([mask, mask.new_ones(len(live), 1)], dim=1)
+            if len(stay) < len(live):
+                kept = torch.tensor(stay, device=lm.device)
+                ids, mask = ids[kept], mask[kept]
+                cache.batch_select_indices(kept)
+                live = [live[row] for row in stay]
+    return written

@@ -1,0 +1,128 @@
+"""Text to tokens: the one place that knows of leading spaces, subject spans, special tokens and chat templates.
+
+Rules, all by character offsets and never by decoding pieces:
+
+* A target follows its prompt after exactly one space, or after none where the prompt already ends in white space
+  (as a chat template does). The same text is trained on and scored.
+* A token belongs to the target if it ends beyond the prompt, so a token that straddles the border is predicted too.
+* A subject's last token is the last one that overlaps the subject's last occurrence in the prompt.
+* Special tokens in front are those the tokenizer adds by itself; in a chat, the template brings them. None follow.
+
+Padding is done with our own masks, so the tokenizer's padding side and token are neither read nor changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from factpatch.errors import TokenizerError
+
+__all__ = ["Encoded", "Tokens"]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A prompt, with or without its target, in tokens.
+
+    ids      all tokens
+    target   index of the first target token; `len(ids)` if there is no target
+    subject  index of the subject's last token; None if no subject was asked for
+    """
+
+    ids: tuple[int, ...]
+    target: int
+    subject: int | None = None
+
+    @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        """The tokens before the target."""
+        return self.ids[: self.target]
+
+    @property
+    def target_ids(self) -> tuple[int, ...]:
+        """The target's tokens."""
+        return self.ids[self.target :]
+
+
+class Tokens:
+    """A tokenizer under the rules above."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise TokenizerError(
+                f"{type(tokenizer).__name__} gives no character offsets, which finding a subject needs.\n"
+                "  Load the model with its fast tokenizer (a tokenizer.json beside the weights)."
+            )
+        self.tokenizer = tokenizer
+
+    @property
+    def has_chat(self) -> bool:
+        """Whether there is a chat template."""
+        return bool(self.tokenizer.chat_template)
+
+    def render(self, prompt: str, *, chat: bool = False) -> str:
+        """The text the model is given: the prompt itself, or a chat in which the user says it.
+
+        Raises TokenizerError if there is no chat template.
+        """
+        if not chat:
+            return prompt
+        if not self.has_chat:
+            raise TokenizerError("this model has no chat template.\n  Ask it plainly: leave out --chat (chat=False).")
+        turns = [{"role": "user", "content": prompt}]
+        text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        assert isinstance(text, str)
+        return text
+
+    def encode(
+        self, prompt: str, target: str = "", *, subject: str | None = None, prefix: str = "", chat: bool = False
+    ) -> Encoded:
+        """Encode `prefix + prompt`, and `target` after it.
+
+        `prefix` is text put before the prompt, with its own final space. Raises TokenizerError if the subject is not
+        in the prompt, or the target leaves no tokens.
+        """
+        body = prefix + prompt
+        text = self.render(body, chat=chat)
+        joined = text + (target if not target or text[-1:].isspace() else f" {target}")
+        ids, spans = self._offsets(joined, add_special=not chat)
+        first = next((i for i, (_, end) in enumerate(spans) if end > len(text)), len(ids))
+        if target and first == len(ids):
+            raise TokenizerError(f'the target "{target}" leaves no tokens after the prompt "{prompt}".')
+        return Encoded(
+            ids, first, None if subject is None else _subject_end(text, body, prompt, subject, spans[:first])
+        )
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of these tokens, special ones left out."""
+        text = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
+    def _offsets(self, text: str, *, add_special: bool) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
+        coded = self.tokenizer(
+            text, add_special_tokens=add_special, return_offsets_mapping=True, return_special_tokens_mask=True
+        )
+        ids, spans = list(coded["input_ids"]), list(coded["offset_mapping"])
+        # Some tokenizers close every text with an end token, after which no target can follow.
+        while ids and coded["special_tokens_mask"][len(ids) - 1] and spans[len(ids) - 1][1] < len(text):
+            ids.pop()
+        return tuple(ids), spans[: len(ids)]
+
+
+def _subject_end(text: str, body: str, prompt: str, subject: str, spans: Sequence[tuple[int, int]]) -> int:
+    body_start, in_prompt = text.rfind(body), prompt.rfind(subject)
+    if body_start < 0 or in_prompt < 0:
+        raise TokenizerError(
+            f'the subject "{subject}" is not in the prompt "{prompt}" as the model is given it.\n'
+            "  Write the subject letter for letter as it stands in the prompt."
+        )
+    start = body_start + len(body) - len(prompt) + in_prompt
+    end = start + len(subject)
+    overlapping = [i for i, (a, b) in enumerate(spans) if a < end and b > start and a < b]
+    if not overlapping:
+        raise TokenizerError(f'the subject "{subject}" leaves no token of its own in "{prompt}".')
+    return overlapping[-1]

@@ -1,0 +1,150 @@
+"""What a method is: a frozen `Config`, frozen `Traits`, and `fit(lm, edits) -> Patch`.
+
+A method evaluates nothing, saves nothing, prints nothing and leaves the model as it found it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from factpatch.edits import KINDS, Edit, EditKind, first_problem
+from factpatch.errors import BadConfig, CannotEdit, did_you_mean
+from factpatch.lm import LM
+from factpatch.patches import Patch, Provenance
+from factpatch.progress import Progress, silent
+
+__all__ = ["Config", "Method", "Preset", "Traits"]
+
+
+class Config(BaseModel):
+    """Settings that every method has. A method's own stand in a subclass right above it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    chat: bool = Field(default=False, description="put each prompt into the model's chat template before editing")
+    seed: int = Field(default=0, description="decides everything that is drawn at random")
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What a method is, so that nobody has to ask for it by name.
+
+    family         methods that share an idea
+    phase          of the survey's taxonomy: recognition, association or mastery
+    paper          where it was published
+    kinds          the kinds of edit it can make
+    needs_subject  it must know which part of the prompt the fact is about
+    exact_batch    a batch of edits is made at once and jointly; otherwise one after the other
+    patch          the kind of patch it makes
+    prepares       what it computes once for each model, in words; empty for nothing
+    needs          what a model must have, in words
+    """
+
+    family: str
+    phase: Literal["recognition", "association", "mastery"]
+    paper: str
+    patch: type[Patch]
+    kinds: frozenset[EditKind] = frozenset(KINDS)
+    needs_subject: bool = False
+    exact_batch: bool = False
+    prepares: str = ""
+    needs: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """Defaults that change for models of one shape.
+
+    shape   number of blocks and hidden size, such as (32, 4096)
+    values  the settings that differ from `Config`'s defaults
+    source  where they come from: a paper, or the results of ours that measured them
+    """
+
+    shape: tuple[int, int]
+    values: Mapping[str, Any]
+    source: str
+
+
+C = TypeVar("C", bound=Config)
+
+
+class Method(ABC, Generic[C]):
+    """Base of all editing methods.
+
+    A subclass names itself, its `Config` type and its `Traits`, and writes `make`. Register it in
+    `factpatch.methods`, or from another package by the entry point group `factpatch.methods`.
+    """
+
+    name: ClassVar[str]
+    traits: ClassVar[Traits]
+    presets: ClassVar[tuple[Preset, ...]] = ()
+    config_type: type[C]
+
+    def __init__(self, config: C | None = None, **settings: Any) -> None:
+        """Give a whole config, or single settings by name. Raises BadConfig."""
+        self.config = config if config is not None else self._configure(settings)
+
+    @classmethod
+    def _configure(cls, settings: Mapping[str, Any]) -> C:
+        config_type: type[C] = cls.config_type
+        unknown = [key for key in settings if key not in config_type.model_fields]
+        if unknown:
+            raise BadConfig(
+                f'{cls.name} has no setting "{unknown[0]}".{did_you_mean(unknown[0], config_type.model_fields)}\n'
+                f"  Its settings: {', '.join(config_type.model_fields)}"
+            )
+        try:
+            return config_type(**settings)
+        except ValidationError as error:
+            name, problem = first_problem(error)
+            about = config_type.model_fields[name.partition(".")[0]].description if name else ""
+            raise BadConfig(f'{cls.name}, setting "{name}" ({about}): {problem}') from None
+
+    def resolve(self, lm: LM) -> C:
+        """The settings for this model: those the user gave, then a preset's for its shape, then the defaults."""
+        shape = (lm.anatomy.n_layers, lm.anatomy.hidden_size)
+        preset = next((p.values for p in self.presets if p.shape == shape), {})
+        given = {key: getattr(self.config, key) for key in self.config.model_fields_set}
+        return self.config_type(**{**preset, **given})
+
+    def check(self, edits: Sequence[Edit]) -> None:
+        """Raise CannotEdit, naming the edit, if one is of a kind this method cannot make."""
+        if not edits:
+            raise CannotEdit(f"{self.name}: no edits were given.\n  Give at least one.")
+        for edit in edits:
+            if edit.kind not in self.traits.kinds:
+                raise CannotEdit(
+                    f'edit "{edit.id}": {self.name} cannot {edit.kind}; it can {", ".join(sorted(self.traits.kinds))}.\n'
+                    "  Choose another method: factpatch methods"
+                )
+            if self.traits.needs_subject and edit.subject is None:
+                raise CannotEdit(
+                    f'edit "{edit.id}": {self.name} needs to know the subject, a part of the prompt "{edit.prompt}".\n'
+                    "  Give one (--subject), or choose a method that needs none: factpatch methods"
+                )
+
+    def prepare(self, lm: LM, progress: Progress = silent) -> None:
+        """Compute and cache what is costly and depends on the model alone; `fit` does so too when it must."""
+
+    def fit(self, lm: LM, edits: Sequence[Edit], progress: Progress = silent) -> Patch:
+        """A patch that makes these edits on `lm` as it stands, patches included; `lm` itself stays as it is.
+
+        Raises CannotEdit, BadConfig, AnatomyError.
+        """
+        self.check(edits)
+        return self.make(lm, tuple(edits), self.resolve(lm), progress)
+
+    @abstractmethod
+    def make(self, lm: LM, edits: tuple[Edit, ...], config: C, progress: Progress) -> Patch:
+        """The work of `fit`, on checked edits and with settled settings."""
+
+    def provenance(
+        self, lm: LM, config: C, edits: tuple[Edit, ...], notes: Sequence[Mapping[str, Any]] = ()
+    ) -> Provenance:
+        """What to write into the patch about its making."""
+        return Provenance.of(lm, self.name, config.model_dump(mode="json"), edits, tuple(dict(note) for note in notes))

@@ -1,0 +1,154 @@
+"""What every patch can do, whatever it is made of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from factpatch.edits import Edit
+from factpatch.errors import WrongBase
+from factpatch.lm import LM
+
+__all__ = ["Patch", "Provenance"]
+
+
+class Provenance(BaseModel):
+    """Where a patch comes from: enough to make it again.
+
+    method            the method's registered name
+    config            its full settings, defaults and presets included
+    edits             what it was asked to change
+    base_name         what the model was called; for people
+    base_fingerprint  the model it was made for; see `lm.fingerprint`
+    fitted_on         ids of the patches that lay on the model while it was made, first to last
+    notes             what the method has to tell of each edit, such as its last loss
+    versions          of the packages that decide the numbers
+    scorecard         how well it did, if it was scored
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: str
+    config: dict[str, Any]
+    edits: tuple[Edit, ...]
+    base_name: str
+    base_fingerprint: str
+    fitted_on: tuple[str, ...] = ()
+    notes: tuple[dict[str, Any], ...] = ()
+    versions: dict[str, str]
+    scorecard: dict[str, Any] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        lm: LM,
+        method: str,
+        config: Mapping[str, Any],
+        edits: tuple[Edit, ...],
+        notes: tuple[dict[str, Any], ...] = (),
+    ) -> Self:
+        """The provenance of a patch made just now on `lm`."""
+        return cls(
+            method=method,
+            config=dict(config),
+            edits=edits,
+            base_name=lm.name,
+            base_fingerprint=lm.fingerprint,
+            fitted_on=tuple(patch.id for patch in lm.patches if isinstance(patch, Patch)),
+            notes=notes,
+            versions={"python": platform.python_version()}
+            | {p: version(p) for p in ("factpatch", "torch", "transformers")},
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Patch(ABC):
+    """A change of what a model says, as a value: apply, remove, save, load, stack, merge, throw away.
+
+    `with lm.patched(patch): ...` lays it on and takes it off again, exactly.
+    """
+
+    kind: ClassVar[str]
+    provenance: Provenance
+
+    @abstractmethod
+    def attach(self, lm: LM) -> Callable[[], None]:
+        """Change `lm` and return what undoes exactly that; on an error, change nothing.
+
+        Raises WrongBase if the patch was made for another model.
+        """
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """All its numbers by name, as they are saved."""
+
+    @classmethod
+    @abstractmethod
+    def from_tensors(cls, provenance: Provenance, tensors: Mapping[str, Tensor]) -> Self:
+        """The patch whose `tensors()` these are. Raises BadPatch if they do not fit together."""
+
+    @abstractmethod
+    def changes(self) -> list[dict[str, Any]]:
+        """What is changed where, one JSON-ready row for each part touched."""
+
+    @cached_property
+    def id(self) -> str:
+        """A short name made of the contents: equal patches have equal ids. The scorecard does not count."""
+        source = self.provenance.model_dump(mode="json", exclude={"scorecard", "versions"})
+        digest = hashlib.sha256(json.dumps(source, sort_keys=True).encode())
+        for name, tensor in sorted(self.tensors().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()[:16]
+
+    def check_base(self, lm: LM) -> None:
+        """Raise WrongBase unless `lm` is the model this patch was made for."""
+        if lm.fingerprint != self.provenance.base_fingerprint:
+            raise WrongBase(
+                f"this patch was made for {self.provenance.base_name} ({self.provenance.base_fingerprint[:8]}…), "
+                f"the model in hand is {lm.name} ({lm.fingerprint[:8]}…).\n"
+                f"  Load the model it was made for, or make the patch again for this one: factpatch edit --model {lm.name} …"
+            )
+
+    def with_scorecard(self, scorecard: Mapping[str, Any]) -> Self:
+        """The same patch with its scores written beside it."""
+        return replace(self, provenance=self.provenance.model_copy(update={"scorecard": dict(scorecard)}))
+
+    def describe(self) -> dict[str, Any]:
+        """Everything but the numbers, JSON-ready."""
+        return {
+            "id": self.id,
+            "kind": self.kind,
+            "changes": self.changes(),
+            "bytes": sum(t.numel() * t.element_size() for t in self.tensors().values()),
+            **self.provenance.model_dump(mode="json", exclude={"edits"}),
+            "edits": [edit.to_json() for edit in self.provenance.edits],
+        }
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `patch.json` and `patch.safetensors` into a new folder, whole or not at all.
+
+        Raises OutputError if the folder cannot be written or already holds something.
+        """
+        from factpatch.patches.folder import save_patch
+
+        return save_patch(self, Path(folder))
+
+    @staticmethod
+    def load(folder: str | Path) -> Patch:
+        """Read a saved patch of any kind. Raises BadPatch naming what is wrong with the folder."""
+        from factpatch.patches.folder import load_patch
+
+        return load_patch(Path(folder))

@@ -1,0 +1,100 @@
+"""A patch on disk: `patch.json` beside `patch.safetensors`. No pickle, ever.
+
+`patch.json` holds the format's version, the patch's kind and id, its provenance, and the SHA-256 of the tensor file;
+so a file that was damaged, swapped or half copied is refused before it can reach a model.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+
+from factpatch.edits import first_problem
+from factpatch.errors import BadPatch
+from factpatch.files import sha256_of, whole_folder
+from factpatch.patches.base import Patch, Provenance
+from factpatch.patches.weight import WeightPatch
+
+__all__ = ["FORMAT", "load_patch", "save_patch"]
+
+FORMAT = 1
+_KINDS: dict[str, type[Patch]] = {kind.kind: kind for kind in (WeightPatch,)}
+_AGAIN = "Copy the whole folder again from where it was made, or make the patch again: factpatch edit"
+
+
+def save_patch(patch: Patch, folder: Path) -> Path:
+    """Write a new folder, whole or not at all. Raises OutputError."""
+    with whole_folder(folder) as draft:
+        tensors = {name: t.detach().cpu().contiguous() for name, t in patch.tensors().items()}
+        save_file(tensors, draft / "patch.safetensors")
+        head = {
+            "format": FORMAT,
+            "kind": patch.kind,
+            "id": patch.id,
+            "tensors_sha256": sha256_of(draft / "patch.safetensors"),
+        }
+        body = patch.provenance.model_dump(mode="json", exclude={"edits"})
+        edits = [edit.to_json() for edit in patch.provenance.edits]
+        text = json.dumps(head | body | {"edits": edits}, indent=2, ensure_ascii=False)
+        (draft / "patch.json").write_text(text + "\n", encoding="utf-8")
+    return folder
+
+
+def load_patch(folder: Path) -> Patch:
+    """Read a patch of any kind. Raises BadPatch, naming the file and what is wrong with it."""
+    described = _read_json(folder)
+    kind = _KINDS.get(str(described.pop("kind", "")))
+    if kind is None:
+        raise BadPatch(
+            f"{folder / 'patch.json'}: an unknown kind of patch; known: {', '.join(_KINDS)}.\n  Update factpatch."
+        )
+    expected, claimed = described.pop("tensors_sha256", ""), described.pop("id", "")
+    path = folder / "patch.safetensors"
+    if not path.is_file():
+        raise BadPatch(f"{path}: missing.\n  {_AGAIN}")
+    if sha256_of(path) != expected:
+        raise BadPatch(
+            f"{path}: damaged, or not the file that patch.json was written with (SHA-256 differs).\n  {_AGAIN}"
+        )
+    try:
+        provenance = Provenance.model_validate(described)
+        tensors = load_file(path)
+    except ValidationError as error:
+        field, problem = first_problem(error)
+        raise BadPatch(f'{folder / "patch.json"}, "{field}": {problem}\n  {_AGAIN}') from None
+    except safetensors.SafetensorError as error:
+        raise BadPatch(f"{path}: not a safetensors file ({error}).\n  {_AGAIN}") from None
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise BadPatch(f"{path}: {name} holds values that are not finite.\n  {_AGAIN}")
+    patch = kind.from_tensors(provenance, tensors)
+    if patch.id != claimed:
+        raise BadPatch(
+            f"{folder / 'patch.json'}: was changed after it was written (id {claimed} is now {patch.id}).\n  {_AGAIN}"
+        )
+    return patch
+
+
+def _read_json(folder: Path) -> dict[str, Any]:
+    path = folder / "patch.json"
+    if not path.is_file():
+        raise BadPatch(
+            f"{folder}: not a patch; expected a folder with patch.json and patch.safetensors.\n"
+            "  Name the folder given to --out when the patch was made."
+        )
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise BadPatch(f"{path}: not JSON ({error}).\n  {_AGAIN}") from None
+    if not isinstance(described, dict):
+        raise BadPatch(f"{path}: expected an object.\n  {_AGAIN}")
+    if described.pop("format", None) != FORMAT:
+        raise BadPatch(
+            f"{path}: written in another format than {FORMAT}, the one this factpatch reads.\n  Update factpatch."
+        )
+    return described

@@ -1,0 +1,32 @@
+"""A model with its patches, as a plain checkpoint that needs no factpatch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from factpatch.errors import PatchError
+from factpatch.files import whole_folder
+from factpatch.lm import LM
+from factpatch.patches.base import Patch
+from factpatch.patches.weight import WeightPatch
+
+__all__ = ["merge"]
+
+
+def merge(lm: LM, patches: Sequence[Patch], folder: str | Path) -> Path:
+    """Write `lm` with `patches` laid on in order as a Hugging Face checkpoint, tokenizer included.
+
+    Raises PatchError for a patch that is more than a change of weights, WrongBase, and OutputError; then nothing is
+    written. The model in hand is left as it was.
+    """
+    for patch in patches:
+        if not isinstance(patch, WeightPatch):
+            raise PatchError(
+                f"patch {patch.id} ({patch.kind}) is not a change of weights and cannot be merged into them."
+            )
+    folder = Path(folder)
+    with whole_folder(folder) as draft, lm.patched(*patches):
+        lm.model.save_pretrained(draft)
+        lm.tokenizer.save_pretrained(draft)
+    return folder

@@ -1,0 +1,18 @@
+"""How long work tells how far it is, without knowing of terminals."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+__all__ = ["Progress", "silent"]
+
+
+class Progress(Protocol):
+    """Called with what is being done, how many steps are done and how many there are (None: not known)."""
+
+    def __call__(self, doing: str, done: int, total: int | None) -> None:
+        """Take note."""
+
+
+def silent(doing: str, done: int, total: int | None) -> None:
+    """Tell nobody."""

@@ -1,0 +1,113 @@
+"""The two protocols, `open` and `survey`: what is asked of the model, and what counts.
+
+open    what the model says by itself: greedy, until a line or sentence ends. The headline.
+survey  KnowEdit's teacher-forced token agreement, for comparison with published tables (arXiv 2401.01286, section 5).
+
+Each has a version; a number is comparable only with numbers of the same protocol and version.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from factpatch.edits import Edit, LabelledProbe, Probe
+from factpatch.lm import LM
+from factpatch.lm.run import Prediction, predict
+from factpatch.scoring.metrics import agreement, begins_with, contains, same_answer
+
+__all__ = ["PROTOCOLS", "Protocol", "ProtocolName", "Seen"]
+
+ProtocolName = Literal["open", "survey"]
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What the model did with one probe: the text it gave, and under teacher forcing its tokens beside the target's."""
+
+    text: str
+    tokens: tuple[int, ...] = ()
+    target: tuple[int, ...] = ()
+
+
+class Protocol(ABC):
+    """How to ask and how to judge."""
+
+    name: ClassVar[ProtocolName]
+    version: ClassVar[int]
+
+    @abstractmethod
+    def observe(self, lm: LM, probes: Sequence[Probe], *, chat: bool) -> list[Seen | None]:
+        """What the model does with each probe; None where the probe cannot be asked in this protocol."""
+
+    @abstractmethod
+    def correct(self, edit: Edit, labelled: LabelledProbe, seen: Seen, *, chat: bool) -> float:
+        """How well the model did on a probe of the edit, its rephrases or its portability, from 0 to 1."""
+
+    @abstractmethod
+    def unchanged(self, before: Seen, after: Seen) -> float:
+        """How far a locality probe is answered as before the edit, right or wrong, from 0 to 1."""
+
+
+class OpenProtocol(Protocol):
+    """Free greedy answers of at most 64 tokens.
+
+    A completion counts if the answer begins with an alias, an answer to a question if it has one in it, in whole words
+    after normalisation. An erased fact counts if the refusal is there and the secret is not. Locality: the same answer.
+    """
+
+    name = "open"
+    version = 1
+
+    def observe(self, lm: LM, probes: Sequence[Probe], *, chat: bool) -> list[Seen | None]:
+        """Let the model answer."""
+        return [Seen(text) for text in lm.answer([probe.prompt for probe in probes], chat=chat)]
+
+    def correct(self, edit: Edit, labelled: LabelledProbe, seen: Seen, *, chat: bool) -> float:
+        """1 or 0."""
+        probe = labelled.probe
+        is_question = chat or probe.prompt.endswith("?")
+        found = (contains if is_question else begins_with)(seen.text, probe.answers)
+        if edit.kind == "erase" and labelled.role in {"edit", "rephrase"}:
+            found = found and not contains(seen.text, edit.ground_truth)
+        return float(found)
+
+    def unchanged(self, before: Seen, after: Seen) -> float:
+        """1 or 0."""
+        return float(same_answer(before.text, after.text))
+
+
+class SurveyProtocol(Protocol):
+    """Teacher-forced token agreement on the first answer.
+
+    Success and portability: the share of the answer's tokens that are the most likely ones, given all before them.
+    Locality: the share of the answer's positions at which the most likely token is the same as before the edit.
+    """
+
+    name = "survey"
+    version = 1
+
+    def observe(self, lm: LM, probes: Sequence[Probe], *, chat: bool) -> list[Seen | None]:
+        """Show the model each answer and read its guesses; a probe without answers cannot be asked."""
+        askable = [probe for probe in probes if probe.answers]
+        texts = [lm.tokens.encode(probe.prompt, probe.answers[0], chat=chat) for probe in askable]
+        found: dict[Probe, Prediction] = dict(zip(askable, predict(lm, texts), strict=True))
+        return [
+            Seen(lm.tokens.decode(found[probe].best).strip(), found[probe].best, found[probe].target)
+            if probe in found
+            else None
+            for probe in probes
+        ]
+
+    def correct(self, edit: Edit, labelled: LabelledProbe, seen: Seen, *, chat: bool) -> float:  # noqa: ARG002
+        """Agreement with the target's tokens."""
+        return agreement(seen.tokens, seen.target)
+
+    def unchanged(self, before: Seen, after: Seen) -> float:
+        """Agreement with the tokens before the edit."""
+        return agreement(after.tokens, before.tokens)
+
+
+PROTOCOLS: dict[ProtocolName, Protocol] = {"open": OpenProtocol(), "survey": SurveyProtocol()}

@@ -1,0 +1,173 @@
+"""`Scorecard`: what came of an edit, probe by probe, before and after, and the numbers made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from statistics import fmean
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict
+
+from factpatch.edits import Role
+from factpatch.scoring.protocols import ProtocolName
+
+__all__ = ["ProbeScore", "Scorecard", "Summary"]
+
+ScoreRole = Role | Literal["fluency"]
+When = Literal["before", "after"]
+
+
+class ProbeScore(BaseModel):
+    """One probe under one protocol.
+
+    before, after    from 0 to 1, of fluency bits; None if it could not be scored, and `unscored` says why. Locality
+                     compares two moments, so it has no `before`.
+    said_before/_after  what the model gave
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    protocol: ProtocolName
+    edit: str
+    role: ScoreRole
+    kind: str = ""
+    prompt: str
+    answers: tuple[str, ...] = ()
+    before: float | None = None
+    after: float | None = None
+    said_before: str = ""
+    said_after: str = ""
+    unscored: str = ""
+
+
+class Summary(BaseModel):
+    """The numbers of one protocol. None where nothing could be scored.
+
+    edit_success, rephrase  mean over edits of the mean over their probes
+    portability, locality   mean over kinds, then over edits that have any
+    fluency                 bits; the survey prints it times 100
+    *_before                the same for the unedited model
+    by_kind                 `portability/<kind>` and `locality/<kind>`, mean over edits that have the kind
+    scored, unscored        probes that count, and probes that do not
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    protocol: ProtocolName
+    protocol_version: int
+    edits: int
+    edit_success: float | None
+    rephrase: float | None
+    portability: float | None
+    locality: float | None
+    fluency: float | None
+    edit_success_before: float | None
+    rephrase_before: float | None
+    portability_before: float | None
+    fluency_before: float | None
+    by_kind: dict[str, float]
+    scored: int
+    unscored: int
+
+
+class Scorecard(BaseModel):
+    """All probe scores of some edits, and how long it took.
+
+    chat           whether prompts were put into the chat template
+    fit_seconds    wall time of making the patches; None if they were made elsewhere
+    score_seconds  wall time of asking the patched model; `baseline_seconds` of asking the unpatched one
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    versions: dict[ProtocolName, int]
+    chat: bool
+    scores: tuple[ProbeScore, ...]
+    fit_seconds: float | None = None
+    score_seconds: float = 0.0
+    baseline_seconds: float = 0.0
+
+    def summary(self, protocol: ProtocolName) -> Summary:
+        """The numbers of one protocol."""
+        rows = [row for row in self.scores if row.protocol == protocol]
+        roles: dict[str, ScoreRole] = {
+            "edit_success": "edit",
+            "rephrase": "rephrase",
+            "portability": "portability",
+            "fluency": "fluency",
+        }
+        after = {name: _overall(rows, role, "after") for name, role in roles.items()}
+        before = {f"{name}_before": _overall(rows, role, "before") for name, role in roles.items()}
+        unscored = sum(bool(row.unscored) for row in rows)
+        return Summary(
+            protocol=protocol,
+            protocol_version=self.versions[protocol],
+            edits=len({row.edit for row in rows}),
+            locality=_overall(rows, "locality", "after"),
+            by_kind=_by_kind(rows),
+            scored=len(rows) - unscored,
+            unscored=unscored,
+            **after,
+            **before,
+        )
+
+    def summaries(self) -> list[Summary]:
+        """One for each protocol, `open` first."""
+        return [self.summary(protocol) for protocol in self.versions]
+
+    def to_json(self) -> dict[str, Any]:
+        """Summaries and all probe scores."""
+        return {
+            "chat": self.chat,
+            "fit_seconds": self.fit_seconds,
+            "score_seconds": self.score_seconds,
+            "baseline_seconds": self.baseline_seconds,
+            "summaries": [summary.model_dump(mode="json") for summary in self.summaries()],
+            "scores": [row.model_dump(mode="json", exclude_defaults=True) for row in self.scores],
+        }
+
+    @classmethod
+    def join(cls, cards: Sequence[Self]) -> Self:
+        """One card of several, whose edits differ. Seconds add up."""
+        first = cards[0]
+        fits = [card.fit_seconds for card in cards if card.fit_seconds is not None]
+        return first.model_copy(
+            update={
+                "scores": tuple(row for card in cards for row in card.scores),
+                "fit_seconds": sum(fits) if fits else None,
+                "score_seconds": sum(card.score_seconds for card in cards),
+                "baseline_seconds": sum(card.baseline_seconds for card in cards),
+            }
+        )
+
+
+def _grouped(rows: Iterable[ProbeScore], key: Callable[[ProbeScore], str]) -> dict[str, list[ProbeScore]]:
+    groups: dict[str, list[ProbeScore]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return groups
+
+
+def _mean(rows: Iterable[ProbeScore], when: When) -> float | None:
+    values = [value for row in rows if (value := getattr(row, when)) is not None]
+    return fmean(values) if values else None
+
+
+def _overall(rows: Iterable[ProbeScore], role: str, when: When) -> float | None:
+    """Mean over the probes of a kind, over the kinds of an edit, over the edits that have any."""
+    per_edit = []
+    for of_edit in _grouped((row for row in rows if row.role == role), lambda row: row.edit).values():
+        kinds = [
+            mean
+            for group in _grouped(of_edit, lambda row: row.kind).values()
+            if (mean := _mean(group, when)) is not None
+        ]
+        if kinds:
+            per_edit.append(fmean(kinds))
+    return fmean(per_edit) if per_edit else None
+
+
+def _by_kind(rows: Iterable[ProbeScore]) -> dict[str, float]:
+    kinds = _grouped((row for row in rows if row.kind), lambda row: f"{row.role}/{row.kind}")
+    means = {name: _overall(group, group[0].role, "after") for name, group in sorted(kinds.items())}
+    return {name: mean for name, mean in means.items() if mean is not None}
