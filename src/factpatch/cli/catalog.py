@@ -37,7 +37,7 @@ def methods(
             "patch": method.traits.patch.kind,
             "kinds": sorted(method.traits.kinds),
             "subject": "needed" if method.traits.needs_subject else "not needed",
-            "many edits": "jointly" if method.traits.exact_batch else "one after the other",
+            "many edits": "jointly" if method.traits.joint else "one after the other",
             "prepares": method.traits.prepares or "nothing",
             "needs": method.traits.needs or "any model",
         }

@@ -17,7 +17,7 @@ from factpatch.lm.run import generate
 from factpatch.lm.sentences import first_sentence, has_ended
 from factpatch.lm.tokens import Tokens
 
-__all__ = ["LM", "Attachable", "checksum", "fingerprint"]
+__all__ = ["LM", "Attachable", "checksum", "fingerprint", "raw_bytes"]
 
 
 class Attachable(Protocol):
@@ -164,7 +164,7 @@ def checksum(model: PreTrainedModel) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()]):
         digest.update(name.encode())
-        digest.update(_bytes(tensor))
+        digest.update(raw_bytes(tensor))
     return digest.hexdigest()
 
 
@@ -176,9 +176,10 @@ def fingerprint(model: PreTrainedModel) -> str:
     digest = hashlib.sha256(str(getattr(model.config, "model_type", "")).encode())
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(_bytes(parameter.to(torch.bfloat16)))
+        digest.update(raw_bytes(parameter.to(torch.bfloat16)))
     return digest.hexdigest()
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's values, bit for bit, in row-major order."""
     return tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data

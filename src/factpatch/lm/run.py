@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -40,6 +40,7 @@ BATCH_TOKENS = 4096
 """How many tokens, padding included, one batch holds at most. Bounds memory; does not change results."""
 
 
+@runtime_checkable
 class Runnable(Protocol):
     """What is needed of a model here; `LM` is one."""
 
@@ -186,6 +187,7 @@ def predict(lm: Runnable, texts: Sequence[Encoded]) -> list[Prediction]:
     return [done[text] for text in texts]
 
 
+@runtime_checkable
 class Chooser(Protocol):
     """Picks the next token of each row from its logits; `prompts` tells whose row it is."""
 

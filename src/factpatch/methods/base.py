@@ -51,7 +51,7 @@ class Traits:
     patch: type[Patch]
     kinds: frozenset[EditKind] = frozenset(KINDS)
     needs_subject: bool = False
-    exact_batch: bool = False
+    joint: bool = False
     prepares: str = ""
     needs: str = ""
 

@@ -114,7 +114,7 @@ class FtL(_FineTuning):
         phase="mastery",
         paper="Zhu et al. 2020, arXiv 2012.00363",
         patch=WeightPatch,
-        exact_batch=True,
+        joint=True,
         needs="MLP output projection",
     )
 
@@ -142,7 +142,7 @@ class FtM(_FineTuning):
         phase="mastery",
         paper="Zhang et al. 2024 (the survey), arXiv 2401.01286",
         patch=WeightPatch,
-        exact_batch=True,
+        joint=True,
         needs="MLP output projection",
     )
 

@@ -25,18 +25,19 @@ _LENGTHS = (5, 10)
 def context_prefixes(lm: LM, count: int, seed: int) -> tuple[str, ...]:
     """The empty prefix, then `count` short texts the model writes, half of 5 tokens and half of 10.
 
-    Each ends in ". ", ready to be put before a prompt. They depend on the model, `count` and `seed` alone.
+    Each ends in ". ", ready to be put before a prompt. They are written by the base model, whatever patches lie on it,
+    so that a sequence of edits shares them.
     """
     prefixes = [""]
-    for index, length in enumerate(_LENGTHS):
-        share = (count + index) // len(_LENGTHS)
-        starts = [_OPENINGS[i % len(_OPENINGS)] for i in range(share)]
-        for round_ in range(0, share, len(_OPENINGS)):
-            prompts = [lm.tokens.encode(opening).ids for opening in starts[round_ : round_ + len(_OPENINGS)]]
-            sampler = Sampler(seed=seed + 1000 * round_ + length, top_k=10)
-            for prompt, ids in zip(prompts, generate(lm, prompts, max_new=length, choose=sampler), strict=True):
-                text = " ".join(lm.tokens.decode([*prompt, *ids]).split())
-                prefixes.append(text.rstrip(".!?,;: ") + ". ")
+    with lm.unpatched():
+        for index, length in enumerate(_LENGTHS):
+            share = (count + index) // len(_LENGTHS)
+            for start in range(0, share, len(_OPENINGS)):
+                prompts = [lm.tokens.encode(opening).ids for opening in _OPENINGS[: share - start]]
+                sampler = Sampler(seed=seed + 1000 * start + length, top_k=10)
+                for prompt, ids in zip(prompts, generate(lm, prompts, max_new=length, choose=sampler), strict=True):
+                    text = " ".join(lm.tokens.decode([*prompt, *ids]).split())
+                    prefixes.append(text.rstrip(".!?,;: ") + ". ")
     return tuple(prefixes)
 
 
@@ -53,6 +54,7 @@ def at_subject(activation: Tensor, batch: Batch, texts: Sequence[Encoded]) -> Fl
     return activation.reshape(*batch.ids.shape, -1)[rows, cols]
 
 
+@torch.no_grad()
 def subject_keys(lm: LM, layer: int, texts: Sequence[Encoded]) -> Float[Tensor, "texts inter"]:
     """`k` at block `layer` and the subject's last token of each text, in float32."""
     projection = lm.anatomy.mlp_out(layer)

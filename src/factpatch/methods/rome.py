@@ -114,9 +114,10 @@ class Rome(Method[RomeConfig]):
         keys = subject_keys(lm, layer, subject_texts(lm, edit, prefixes, target=False, chat=config.chat))
         mean, bare = keys.mean(0), keys[0]
         key = mean if config.consistent_keys else bare
-        weight = projection.matrix.detach().float()
-        output = projection.apply(weight, key)
-        change = insert(value.old + value.delta - output, key, mean, factor)
+        with torch.no_grad():
+            weight = projection.matrix.detach().float()
+            output = projection.apply(weight, key)
+            change = insert(value.old + value.delta - output, key, mean, factor)
         if not bool(change.u.isfinite().all() and change.v.isfinite().all()):
             raise CannotEdit(
                 f'edit "{edit.id}": the update of {self.name} is not finite.\n'

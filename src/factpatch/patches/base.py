@@ -13,13 +13,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from factpatch.edits import Edit
 from factpatch.errors import WrongBase
 from factpatch.lm import LM
+from factpatch.lm.model import raw_bytes
 
 __all__ = ["Patch", "Provenance"]
 
@@ -110,7 +110,7 @@ class Patch(ABC):
         digest = hashlib.sha256(json.dumps(source, sort_keys=True).encode())
         for name, tensor in sorted(self.tensors().items()):
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+            digest.update(raw_bytes(tensor))
         return digest.hexdigest()[:16]
 
     def check_base(self, lm: LM) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -112,7 +112,7 @@ class WeightPatch(Patch):
         return {f"{name}.{part}": t for name, delta in self.deltas.items() for part, t in delta.parts().items()}
 
     @classmethod
-    def from_tensors(cls, provenance: Provenance, tensors: Mapping[str, Tensor]) -> Self:
+    def from_tensors(cls, provenance: Provenance, tensors: Mapping[str, Tensor]) -> WeightPatch:
         """Group tensors by parameter."""
         grouped: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
@@ -128,7 +128,7 @@ class WeightPatch(Patch):
                     "  The file is damaged; make the patch again with: factpatch edit"
                 )
             deltas[name] = form(**parts)
-        return cls(provenance, deltas)
+        return WeightPatch(provenance, deltas)
 
     def changes(self) -> list[dict[str, Any]]:
         """Parameter, shape, form and Frobenius norm of each change."""
