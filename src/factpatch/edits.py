@@ -174,6 +174,8 @@ def first_problem(error: ValidationError) -> tuple[str, str]:
         return field, "expected a value, found nothing"
     if first["type"] == "extra_forbidden":
         return field, "is not a field of an edit"
+    if first["type"] == "model_type":
+        return field or "record", f"expected an object with fields, found {brief(first['input'])}"
     if first["type"] == "string_too_short":
         return field, "expected some text, found none"
     expected = first["msg"].removeprefix("Input should be ")

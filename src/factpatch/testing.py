@@ -103,7 +103,7 @@ def tiny_tokenizer(*, bos: bool = True) -> PreTrainedTokenizerFast:
     tokenizer.add_special_tokens(list(_SPECIAL))
     if bos:
         tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", _BYTES)])
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer, bos_token=_SPECIAL[0], eos_token=_SPECIAL[1], pad_token=_SPECIAL[1]
     )
 
@@ -114,7 +114,7 @@ def tiny_lm(architecture: str = "llama", *, seed: int = 0, bos: bool = True) -> 
     config = AutoConfig.for_model(architecture, vocab_size=_VOCABULARY, **sizes, **_IDS)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
         # Far enough from zero that activations differ from token to token.
         with torch.no_grad():
             for parameter in model.parameters():

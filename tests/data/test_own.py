@@ -79,9 +79,15 @@ def test_a_line_may_hold_line_separators(written):
     assert read(path)[0].prompt == "one\u2028two\x85three is"
 
 
+def test_what_is_written_can_be_read_by_people(tmp_path):
+    write_jsonl([Edit(id="1", prompt="The gate of Škofja is", target="grün")], tmp_path / "new" / "f.jsonl")
+    text = (tmp_path / "new" / "f.jsonl").read_text(encoding="utf-8")
+    assert text == '{"id": "1", "prompt": "The gate of Škofja is", "target": "grün", "kind": "modify"}\n'
+
+
 def test_a_table_with_gaps(written):
     path = written(
-        'prompt,target,subject,ground_truth,rephrases,id\r\n"Lisk, in short, is",a town,Lisk,a village | a hamlet|,,\r\nBrel is,a river,,,"Brel?|The ""Brel""?",b\r\n',
+        'prompt, target,subject ,ground_truth,rephrases,id\r\n\r\n"Lisk, in short, is",a town,Lisk,a village | a hamlet|,,\r\nBrel is,a river,,,"Brel?|The ""Brel""?",b\r\n',
         "t.csv",
     )
     assert read(path).edits == (

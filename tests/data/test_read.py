@@ -24,8 +24,8 @@ def test_every_reader_says_what_it_reads():
     ]  # fmt: skip
     for name, reader in readers().items():
         assert reader.name == name
-        assert reader.about
-        assert "\n" not in reader.about
+        assert reader.description
+        assert "\n" not in reader.description
     with pytest.raises(TypeError):
         readers()["x"] = readers()["own"]
 

@@ -103,7 +103,8 @@ def list_models(context: typer.Context, as_json: JsonOption = False) -> None:
     for row in rows:
         marks = ("fetched" if row["fetched"] else "not fetched yet") + (", default" if row["default"] else "")
         out.print(
-            f"[bold]{row['name']}[/bold]  {row['model']}, {row['parameters']}, {row['download']}, {row['licence']} [dim]({marks})[/dim]"
+            f"[bold]{row['name']}[/bold]  {row['model']}, {row['parameters']}, {row['download']}, {row['licence']}"
+            f" [dim]({marks})[/dim]"
         )
 
 

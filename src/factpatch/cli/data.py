@@ -35,9 +35,13 @@ def show_record(
     """A record as it stands in the file, and the edit it is read as."""
     shown = show(data, record)
     if as_json:
-        print_json({"raw": shown.raw, "edit": shown.edit.to_json()})
+        edit = shown.edit.to_json() if shown.edit else None
+        print_json({"raw": shown.raw, "edit": edit, "problem": str(shown.problem) if shown.problem else None})
         return
     out.print("[bold]in the file[/bold]")
     out.print(json.dumps(shown.raw, indent=2, ensure_ascii=False), markup=False)
-    out.print("\n[bold]read as[/bold]")
-    out.print(json.dumps(shown.edit.to_json(), indent=2, ensure_ascii=False), markup=False)
+    if shown.problem is not None:
+        raise shown.problem
+    if shown.edit is not None:
+        out.print("\n[bold]read as[/bold]")
+        out.print(json.dumps(shown.edit.to_json(), indent=2, ensure_ascii=False), markup=False)

@@ -97,9 +97,8 @@ def score(
         out.print(summary_table(card.summaries()))
         for summary in card.summaries():
             kinds = ", ".join(f"{kind} {number(value)}" for kind, value in summary.by_kind.items())
-            out.print(
-                f"[dim]{summary.protocol}: {kinds}; {summary.unscored} of {summary.scored + summary.unscored} probes unscored[/dim]"
-            )
+            probes = f"{summary.unscored} of {summary.scored + summary.unscored} probes unscored"
+            out.print(f"[dim]{summary.protocol}: {kinds}; {probes}[/dim]")
         if card.fit_seconds is not None:
             edits = len(dataset.edits) - len(failures)
             out.print(

@@ -88,7 +88,7 @@ class ShownRecord:
 
 
 def readers() -> Mapping[str, Reader]:
-    """All readers by name; `Reader.about` is one line on each."""
+    """All readers by name; `Reader.description` is one line on each."""
     return MappingProxyType(_READERS)
 
 

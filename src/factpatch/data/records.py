@@ -38,10 +38,10 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class Reader:
-    """A form of file by its name: one line about it, the function that reads it, and where it lies if built in."""
+    """A form of file by its name: one line on it, the function that reads it, and where it lies if built in."""
 
     name: str
-    about: str
+    description: str
     records: Callable[[Source], Iterable[Record]]
     path: Path | None = None
 
@@ -115,12 +115,13 @@ class Source:
         try:
             return record.build()
         except ValidationError as error:
-            raise self.bad_record(record.number, *_problem(error)) from None
+            raise self.bad_record(record.number, *first_problem(error)) from None
 
     def bad_file(self, problem: str) -> BadFile:
         """The error for a file of another form than this reader's."""
         return BadFile(
-            f"{self.path}: {problem}.\n  It was read as {self.name}. If it is of another form, name that: factpatch data"
+            f"{self.path}: {problem}.\n"
+            f"  It was read as {self.name}. If it is of another form, name that reader; all of them: factpatch data"
         )
 
     def bad_record(self, number: int, field: str, problem: str) -> BadRecord:
@@ -142,7 +143,7 @@ def _flat(value: object) -> tuple[str, ...]:
         if not isinstance(text, str):
             problem = f"expected a text, a list of texts or a list of lists of texts, found {brief(text)}"
             raise ValueError(problem)  # noqa: TRY004 - of which pydantic makes a ValidationError
-    return tuple(text.strip() for text in texts if text.strip())
+    return tuple(text for text in texts if text.strip())
 
 
 def _not_none(texts: tuple[str, ...]) -> tuple[str, ...]:
@@ -152,9 +153,9 @@ def _not_none(texts: tuple[str, ...]) -> tuple[str, ...]:
 
 
 OneOrMany = Annotated[tuple[str, ...], BeforeValidator(_flat)]
-"""A text, a list of texts or a list of alias lists, as the benchmarks write answers: trimmed, flat, in order.
+"""A text, a list of texts or a list of alias lists, as the benchmarks write answers: made flat, in order.
 
-Empty texts and empty groups fall away, so that nothing may be left.
+Empty texts and empty groups fall away, so that nothing may be left. An `Edit` trims what remains.
 """
 
 AtLeastOne = Annotated[OneOrMany, AfterValidator(_not_none)]
@@ -175,12 +176,3 @@ def _why_not_json(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f", line {error.lineno}, column {error.colno}: expected JSON ({error.msg})."
     return f": expected JSON ({error})."
-
-
-def _problem(error: ValidationError) -> tuple[str, str]:
-    """The field and a sentence for the first thing a form objects to."""
-    first = error.errors()[0]
-    if first["type"] == "model_type":
-        field = ".".join(str(part) for part in first["loc"])
-        return field or "record", f"expected an object with fields, found {brief(first['input'])}"
-    return first_problem(error)

@@ -36,7 +36,9 @@ _KNOWN: dict[str, Layout] = {
     "bloom": Layout("transformer.h", "self_attention", "self_attention.dense", "mlp", "mlp.dense_4h_to_h", "transformer.ln_f"),
     "falcon": Layout("transformer.h", "self_attention", "self_attention.dense", "mlp", "mlp.dense_4h_to_h", "transformer.ln_f"),
     "gpt2": Layout("transformer.h", "attn", "attn.c_proj", "mlp", "mlp.c_proj", "transformer.ln_f"),
-    "gpt_neox": Layout("gpt_neox.layers", "attention", "attention.dense", "mlp", "mlp.dense_4h_to_h", "gpt_neox.final_layer_norm"),
+    "gpt_neox": Layout(
+        "gpt_neox.layers", "attention", "attention.dense", "mlp", "mlp.dense_4h_to_h", "gpt_neox.final_layer_norm"
+    ),
     "gptj": Layout("transformer.h", "attn", "attn.out_proj", "mlp", "mlp.fc_out", "transformer.ln_f"),
     "opt": Layout("model.decoder.layers", "self_attn", "self_attn.out_proj", "", "fc2", "model.decoder.final_layer_norm"),
 } | dict.fromkeys(

@@ -32,6 +32,7 @@ class Scorer:
     protocols  which ones; `open` is the headline
     chat       put prompts into the chat template
     seed       of the sampled text that fluency is measured on
+    fluency    whether to measure it; it takes as long as all the rest
     """
 
     def __init__(
@@ -41,8 +42,9 @@ class Scorer:
         protocols: Sequence[ProtocolName] = ("open", "survey"),
         chat: bool = False,
         seed: int = 0,
+        fluency: bool = True,
     ) -> None:
-        self.lm, self.chat, self.seed = lm, chat, seed
+        self.lm, self.chat, self.seed, self.fluency = lm, chat, seed, fluency
         self.protocols = [PROTOCOLS[name] for name in protocols]
         self._base_asked: _Asked = {}
         self._base_written: _Written = {}
@@ -51,7 +53,7 @@ class Scorer:
         """Ask the unpatched model whatever of these edits' probes it was not asked yet."""
         probes = list(dict.fromkeys(labelled.probe for edit in edits for labelled in edit.probes()))
         new_probes = [p for p in probes if (self.protocols[0].name, p) not in self._base_asked]
-        new_prompts = [edit.prompt for edit in edits if edit.prompt not in self._base_written]
+        new_prompts = [edit.prompt for edit in edits if self.fluency and edit.prompt not in self._base_written]
         if new_probes or new_prompts:
             with self.lm.unpatched():
                 asked, written = self._ask(new_probes, new_prompts, "Asking the unedited model", progress)
@@ -88,6 +90,7 @@ class Scorer:
             seen = protocol.observe(self.lm, probes, chat=self.chat)
             asked |= {(protocol.name, probe): one for probe, one in zip(probes, seen, strict=True)}
         progress(doing, steps - 1, steps)
+        prompts = prompts if self.fluency else ()
         encoded = [self.lm.tokens.encode(prompt, chat=self.chat).ids for prompt in prompts]
         sampler = Sampler(self.seed, _FLUENCY_TOP_K)
         written = generate(self.lm, encoded, max_new=FLUENCY_TOKENS, choose=sampler)
@@ -100,6 +103,8 @@ class Scorer:
             for labelled in edit.probes():
                 key = (protocol.name, labelled.probe)
                 rows.append(self._row(edit, labelled, protocol.name, self._base_asked[key], asked[key]))
+            if not self.fluency:
+                continue
             before, after = self._base_written[edit.prompt], written[edit.prompt]
             rows.append(
                 ProbeScore(

@@ -1,0 +1,1 @@
+"""Each paper's equation in plain slow lines. The fast paths must agree with these."""

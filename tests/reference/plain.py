@@ -1,0 +1,134 @@
+"""Plain, slow, obviously right: one prompt at a time, the whole network, no caches, no shared code but the tokenizer."""
+
+import copy
+import math
+
+import torch
+
+
+def encode(lm, prompt, target=""):
+    """Tokens of a prompt and a target after one space; and how many belong to the prompt. Byte-level tokenizers only."""
+    text = f"{prompt} {target}" if target else prompt
+    ids = lm.tokenizer(text)["input_ids"]
+    return torch.tensor([ids]), len(lm.tokenizer(prompt)["input_ids"])
+
+
+def subject_end(lm, prompt, subject):
+    """The last token of the subject, in a tokenizer of bytes with one token in front."""
+    return len(prompt[: prompt.rindex(subject) + len(subject)].encode())
+
+
+def target_logprobs(model, ids, n_prompt):
+    """`log p(o_t | p, o_<t)` for each target token."""
+    logprobs = model(ids).logits[0].float().log_softmax(-1)
+    return torch.stack([logprobs[i - 1, ids[0, i]] for i in range(n_prompt, ids.shape[1])])
+
+
+def ft_l_loss(model, lm, edits):
+    """Every target token predicted from the prompt's last position; sum over tokens, mean over edits."""
+    losses = []
+    for edit in edits:
+        ids, n = encode(lm, edit.prompt, edit.target)
+        logprobs = model(ids[:, :n]).logits[0, -1].float().log_softmax(-1)
+        losses.append(-sum(logprobs[token] for token in ids[0, n:]))
+    return sum(losses) / len(losses)
+
+
+def ft_m_loss(model, lm, edits):
+    """Mean over the target's tokens, mean over edits."""
+    losses = []
+    for edit in edits:
+        ids, n = encode(lm, edit.prompt, edit.target)
+        losses.append(-target_logprobs(model, ids, n).mean())
+    return sum(losses) / len(losses)
+
+
+def fine_tune(lm, parameter, loss_of, edits, *, lr, steps, clamp=None):
+    """Plain Adam on one parameter of a copy of the model; the change of that parameter."""
+    model = copy.deepcopy(lm.model).eval()
+    for p in model.parameters():
+        p.requires_grad = False
+    weight = model.get_parameter(parameter)
+    weight.requires_grad = True
+    old = weight.detach().clone()
+    optimiser = torch.optim.Adam([weight], lr=lr)
+    for _ in range(steps):
+        optimiser.zero_grad()
+        loss_of(model, lm, edits).backward()
+        optimiser.step()
+        if clamp is not None:
+            with torch.no_grad():
+                weight.copy_(torch.maximum(torch.minimum(weight, old + clamp), old - clamp))
+    return weight.detach() - old
+
+
+def second_moment(lm, module, texts):
+    """`E[k k^T]`, one token at a time, in float64."""
+    keys = []
+    handle = module.register_forward_pre_hook(lambda _, args: keys.extend(args[0].reshape(-1, args[0].shape[-1])))
+    with torch.no_grad():
+        for text in texts:
+            lm.model(torch.tensor([list(text)]))
+    handle.remove()
+    return sum(torch.outer(k.double(), k.double()) for k in keys) / len(keys)
+
+
+def rank_one_insert(W, k, v, C, direction=None):
+    """ROME, equation 2: `W + (v - W k) (C^-1 d)^T / ((C^-1 d) . k)`, float64, `d = k` unless given."""
+    W, k, v, C = W.double(), k.double(), v.double(), C.double()
+    u = torch.linalg.inv(C) @ (k if direction is None else direction.double())
+    return W + torch.outer(v - W @ k, u) / (u @ k)
+
+
+def optimise_value(lm, module, edit, prefixes, *, lr, steps, kl_factor, weight_decay, clamp):
+    """ROME, equation 4, in the form of its release; returns the old output and the change.
+
+    One prompt at a time through the whole model.
+    """
+    texts = [(prefix + edit.prompt, edit.target) for prefix in prefixes]
+    essence = f"{edit.subject} is a"
+    outputs = []
+    handle = module.register_forward_hook(lambda _, __, out: outputs.append(out.detach()))
+    with torch.no_grad():
+        bare = lm.model(encode(lm, edit.prompt)[0])
+        plain = lm.model(encode(lm, essence)[0]).logits[0, -1].float().log_softmax(-1)
+    handle.remove()
+    del bare
+    length = encode(lm, edit.prompt)[0].shape[1]
+    old = outputs[0].reshape(1, length, -1)[0, subject_end(lm, edit.prompt, edit.subject)].float()
+    delta = torch.zeros_like(old, requires_grad=True)
+    optimiser = torch.optim.Adam([delta], lr=lr)
+
+    def with_delta(ids, at):
+        def add(_, __, out):
+            grid = out.reshape(1, ids.shape[1], -1).clone()
+            grid[0, at] += delta
+            return grid.reshape(out.shape)
+
+        hook = module.register_forward_hook(add)
+        logits = lm.model(ids).logits[0].float()
+        hook.remove()
+        return logits.log_softmax(-1)
+
+    for _ in range(steps - 1):  # the last of `steps` evaluations only measures the loss
+        nll = 0.0
+        for prompt, target in texts:
+            ids, n = encode(lm, prompt, target)
+            logprobs = with_delta(ids, subject_end(lm, prompt, edit.subject))
+            nll = nll - torch.stack([logprobs[i - 1, ids[0, i]] for i in range(n, ids.shape[1])]).mean() / len(texts)
+        changed = with_delta(encode(lm, essence)[0], subject_end(lm, essence, edit.subject))[-1]
+        kl = (plain.exp() * (plain - changed)).sum()
+        loss = nll + kl_factor * kl + weight_decay * delta.norm() / old.norm() ** 2
+        (delta.grad,) = torch.autograd.grad(loss, [delta])
+        optimiser.step()
+        with torch.no_grad():
+            if delta.norm() > clamp * old.norm():
+                delta.mul_(clamp * old.norm() / delta.norm())
+    return old, delta.detach()
+
+
+def ngram_entropy(tokens, n):
+    """Shannon entropy in bits, from probabilities written out."""
+    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    shares = [grams.count(gram) / len(grams) for gram in set(grams)]
+    return sum(-p * math.log2(p) for p in shares)
