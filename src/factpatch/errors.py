@@ -6,6 +6,7 @@
     │   └── BadFile            a whole file: unreadable, not JSON, of an unknown form
     ├── ModelError             the model itself
     │   ├── UnknownModel       no such short name, folder, file or hub id
+    │   ├── UnknownDevice      no such place to run it
     │   ├── FetchError         a download that failed or arrived damaged
     │   ├── AnatomyError       a part of the network that could not be found
     │   └── TokenizerError     a tokenizer that cannot do what editing needs
@@ -44,6 +45,7 @@ __all__ = [
     "PatchError",
     "SingularMoment",
     "TokenizerError",
+    "UnknownDevice",
     "UnknownMethod",
     "UnknownModel",
     "WrongBase",
@@ -81,6 +83,10 @@ class ModelError(FactpatchError):
 
 class UnknownModel(ModelError):
     """Neither a short name, a folder, a GGUF file nor a reachable hub id."""
+
+
+class UnknownDevice(ModelError):
+    """The device named is not on this machine."""
 
 
 class FetchError(ModelError):
@@ -133,5 +139,5 @@ class OutputError(FactpatchError):
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """` Did you mean "x"?` for the nearest known name, or an empty string."""
-    near = difflib.get_close_matches(name, list(known), n=1)
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f' Did you mean "{near[0]}"?' if near else ""

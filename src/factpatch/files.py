@@ -14,7 +14,7 @@ import platformdirs
 
 from factpatch.errors import OutputError
 
-__all__ = ["cache_root", "sha256_of", "whole_file", "whole_folder"]
+__all__ = ["cache_root", "check_output", "sha256_of", "whole_file", "whole_folder"]
 
 
 def cache_root() -> Path:
@@ -71,6 +71,16 @@ def whole_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         if path.exists():
             path.replace(folder / "old")
         draft.replace(path)
+
+
+def check_output(path: Path) -> None:
+    """Raise OutputError if a new folder cannot take this name: asked before long work, not only after it."""
+    refuse_taken(path)
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise _unwritable(path, NotADirectoryError(0, f"{above} is not a folder"))
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise _unwritable(path, PermissionError(0, f"no permission to write in {above}"))
 
 
 def refuse_taken(path: Path) -> None:

@@ -31,7 +31,8 @@ app.add_typer(catalog.models, name="models")
 
 def main() -> None:
     """Run the command; exit with 0 for done, 1 for not good enough, 2 for bad input."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("factpatch").addHandler(logging.StreamHandler(sys.stderr))
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the last one becomes our error
     try:
         app()
     except FactpatchError as error:

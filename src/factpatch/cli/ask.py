@@ -47,7 +47,7 @@ def ask(
 
     patches = [Patch.load(folder) for folder in patch or []]
     with progress() as report:
-        lm = load(model, dtype=dtype, device=device, progress=report)  # type: ignore[arg-type]
+        lm = load(model, dtype=dtype, device=device, progress=report)
         with lm.patched(*patches):
             after = lm.ask(prompt, chat=chat)
         before = lm.ask(prompt, chat=chat) if patches else after

@@ -46,13 +46,11 @@ def methods(
     if as_json:
         print_json(rows)
         return
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    shown = ("method", "family", "phase", "paper", "patch", "subject", "many edits", "prepares", "needs")
-    for column in shown:
-        table.add_column(column)
     for row in rows:
-        table.add_row(*(str(row[column]) for column in shown))
-    out.print(table)
+        subject = "needs the subject, " if row["subject"] == "needed" else ""
+        parts = f"{row['family']} ({row['phase']}), {subject}many edits {row['many edits']}, {row['paper']}"
+        out.print(f"[bold]{row['method']:<8}[/bold] {parts}", soft_wrap=True)
+    out.print("[dim]Settings and presets of one: factpatch methods NAME[/dim]")
 
 
 def _settings(name: str, as_json: bool) -> None:

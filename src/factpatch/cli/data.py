@@ -23,7 +23,7 @@ def list_readers(context: typer.Context, as_json: JsonOption = False) -> None:
         print_json(rows)
         return
     for name, description in rows.items():
-        out.print(f"[bold]{name:<18}[/bold] {description}")
+        out.print(f"[bold]{name:<18}[/bold] {description}", soft_wrap=True)
 
 
 @app.command(name="show", epilog="[bold]Example[/bold]\n\n  factpatch data show sample --record 3")

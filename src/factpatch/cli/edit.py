@@ -65,16 +65,16 @@ def edit(
     """
     wanted = _edits(prompt, target, subject, edits, limit, skip_invalid)
 
-    from factpatch.files import refuse_taken
+    from factpatch.files import check_output
     from factpatch.lm import load
     from factpatch.methods import create, parse_settings
     from factpatch.scoring import Scorer
 
-    refuse_taken(output)
+    check_output(output)
     maker = create(method, parse_settings(settings or []) | ({"chat": "true"} if chat else {}))
     maker.check(wanted)
     with progress() as report:
-        lm = load(model, dtype=dtype, device=device, progress=report)  # type: ignore[arg-type]
+        lm = load(model, dtype=dtype, device=device, progress=report)
         patch = maker.fit(lm, wanted, report)
         card = Scorer(lm, chat=chat).score(wanted, patch, progress=report)
     patch = patch.with_scorecard(card.to_json())

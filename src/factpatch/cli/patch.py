@@ -47,15 +47,15 @@ def merge(
     dtype: DTypeOption = None,
 ) -> None:
     """Write the model with its patches as a plain Hugging Face checkpoint, which needs no factpatch."""
-    from factpatch.files import refuse_taken
+    from factpatch.files import check_output
     from factpatch.lm import load
     from factpatch.patches import Patch
     from factpatch.patches import merge as merge_into
 
-    refuse_taken(output)
+    check_output(output)
     patches = [Patch.load(folder) for folder in folders]
     with progress() as report:
-        lm = load(model, dtype=dtype, progress=report)  # type: ignore[arg-type]
+        lm = load(model, dtype=dtype, progress=report)
         report("Writing the checkpoint", 0, 1)
         merge_into(lm, patches, output)
     out.print(f'Wrote [bold]{output}[/bold]. Load it as any model:  factpatch ask --model {output} "a question"')

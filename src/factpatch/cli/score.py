@@ -81,7 +81,7 @@ def score(
     patches = [Patch.load(folder) for folder in patch or []]
     failures: tuple[Failure, ...] = ()
     with progress() as report:
-        lm = load(model, dtype=dtype, device=device, progress=report)  # type: ignore[arg-type]
+        lm = load(model, dtype=dtype, device=device, progress=report)
         scorer = Scorer(lm, chat=chat, seed=seed)
         card: Scorecard | None
         if maker is not None:

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -31,7 +31,10 @@ ModelOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for scripts.")]
 ChatOption = Annotated[bool, typer.Option("--chat", help="Put prompts into the model's chat template.")]
-DTypeOption = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
+DTypeName = Literal["float32", "bfloat16", "float16"]
+DTypeOption = Annotated[
+    DTypeName | None, typer.Option("--dtype", help="Type of the weights; default: float32 on a CPU.")
+]
 DeviceOption = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one.")
 ]
@@ -44,7 +47,7 @@ SkipOption = Annotated[bool, typer.Option("--skip-invalid", help="Count and leav
 
 def fail(message: str, code: int = 2) -> NoReturn:
     """One clear message on stderr, then the exit."""
-    err.print(Text("error: ", style="bold red") + Text(message))
+    err.print(Text("error: ", style="bold red") + Text(message), soft_wrap=True)
     sys.exit(code)
 
 

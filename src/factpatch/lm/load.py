@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from factpatch.errors import UnknownModel, did_you_mean
+from factpatch.errors import UnknownDevice, UnknownModel, did_you_mean
 from factpatch.lm.catalog import CATALOG, DEFAULT_MODEL
 from factpatch.lm.fetch import ensure, ensure_gguf, without_bars
 from factpatch.lm.model import LM
@@ -37,7 +37,7 @@ def load(
 
     Raises UnknownModel, FetchError, AnatomyError, TokenizerError, OutputError (the cache cannot be written).
     """
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = _device(device)
     kind = getattr(torch, dtype) if dtype else (torch.float32 if place.type == "cpu" else "auto")
     folder = _locate(str(source), progress)
     progress("Loading the model", 0, 1)
@@ -57,6 +57,20 @@ def load(
     model.train(mode=False)
     progress("Loading the model", 1, 1)
     return LM(model, tokenizer, name=Path(source).name if Path(source).exists() else str(source), anatomy=anatomy)
+
+
+def _device(named: str | torch.device | None) -> torch.device:
+    has_gpu = torch.cuda.is_available()
+    try:
+        place = torch.device(named or ("cuda" if has_gpu else "cpu"))
+    except RuntimeError:
+        place = None
+    if place is None or (place.type == "cuda" and not has_gpu):
+        raise UnknownDevice(
+            f'device "{named}": not here; this machine has cpu{" and cuda" if has_gpu else " alone"}.\n'
+            "  Leave the device out to have the best one chosen."
+        )
+    return place
 
 
 def _locate(source: str, progress: Progress) -> str:

@@ -1,0 +1,5 @@
+"""`python -m factpatch`: the command line."""
+
+from factpatch.cli import main
+
+main()

@@ -1,0 +1,331 @@
+"""Every command over a tiny model on disk, and what is said and left behind when the input is bad."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from factpatch.cli.app import app
+from factpatch.errors import FactpatchError
+from factpatch.testing import tiny_lm
+
+EDIT = ["--subject", "Rome", "--prompt", "Rome lies in", "--target", "Peru"]
+QUICK = ["--set", "steps=2", "--set", "layer=1"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    lm = tiny_lm()
+    lm.model.save_pretrained(folder)
+    lm.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def run(*args):
+    """Exit code, stdout and the error message of one command, as `main` would report them."""
+    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    if isinstance(result.exception, FactpatchError):
+        return 2, result.stdout, str(result.exception)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture(scope="module")
+def patch(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("patches") / "peru"
+    code, out, _ = run("edit", "-m", model, "--method", "ft-m", *QUICK, *EDIT, "--out", folder)
+    assert code in {0, 1}
+    assert "model.layers.1.mlp.down_proj.weight" in out
+    assert "Rome lies in" in out
+    return folder
+
+
+@pytest.fixture
+def facts(tmp_path):
+    path = tmp_path / "facts.jsonl"
+    records = [
+        {
+            "id": "a",
+            "prompt": "Rome lies in",
+            "subject": "Rome",
+            "target": "Peru",
+            "locality": {"N": [{"prompt": "Oslo is", "answers": ["a city"]}]},
+        },
+        {"id": "b", "prompt": "Ann is", "subject": "Ann", "target": "a pilot", "rephrases": ["Who is Ann?"]},
+    ]
+    path.write_text("\n".join(map(json.dumps, records)))
+    return path
+
+
+def test_edit_takes_a_file_and_prints_json(model, facts, tmp_path):
+    code, out, _ = run(
+        "edit", "-m", model, "--method", "ft-l", *QUICK, "--edits", facts, "--out", tmp_path / "p", "--json"
+    )
+    described = json.loads(out)
+    assert code in {0, 1}
+    assert [edit["id"] for edit in described["edits"]] == ["a", "b"]
+    assert {s["protocol"] for s in described["scorecard"]["summaries"]} == {"open", "survey"}
+    assert (tmp_path / "p" / "patch.safetensors").is_file()
+
+
+def test_edit_exits_with_1_when_the_answer_is_not_the_target(model, tmp_path):
+    code, _, _ = run(
+        "edit", "-m", model, "--method", "ft-m", "--set", "steps=1", "--set", "lr=1e-9", *EDIT, "--out", tmp_path / "p"
+    )
+    assert code == 1
+    assert (tmp_path / "p" / "patch.json").is_file()
+
+
+def test_ask_shows_both_answers(model, patch):
+    code, out, _ = run("ask", "-m", model, "--patch", patch, "Rome lies in")
+    assert code == 0
+    assert "without" in out
+    assert "with " in out
+    _, out, _ = run("ask", "-m", model, "--patch", patch, "Rome lies in", "--json")
+    assert set(json.loads(out)) == {"prompt", "chat", "without", "with"}
+
+
+def test_patch_show(patch):
+    code, out, _ = run("patch", "show", patch)
+    assert code == 0
+    assert "Rome lies in → Peru" in out
+    _, out, _ = run("patch", "show", patch, "--json")
+    assert json.loads(out)["method"] == "ft-m"
+
+
+def test_patch_merge_writes_a_checkpoint_that_answers_as_the_patched_model(model, patch, tmp_path):
+    code, _, _ = run("patch", "merge", patch, "-m", model, "--out", tmp_path / "merged")
+    assert code == 0
+    merged = json.loads(run("ask", "-m", tmp_path / "merged", "Rome lies in", "--json")[1])["without"]
+    patched = json.loads(run("ask", "-m", model, "--patch", patch, "Rome lies in", "--json")[1])["with"]
+    assert merged == patched
+
+
+ROW = {
+    "method",
+    "dataset",
+    "protocol",
+    "edits",
+    "edit_success",
+    "rephrase",
+    "portability",
+    "locality",
+    "fluency",
+    "fit_seconds",
+    "score_seconds",
+}
+
+
+def test_score_with_a_method_prints_one_row_for_each_protocol(model, facts):
+    code, out, _ = run("score", "-m", model, "--method", "ft-m", *QUICK, "--data", facts, "--json")
+    rows = json.loads(out)
+    assert code == 0
+    assert [row["protocol"] for row in rows] == ["open", "survey"]
+    assert all(set(row) >= ROW for row in rows)
+    assert rows[0]["edits"] == 2
+    assert rows[0]["portability"] is None
+    assert 0 <= rows[1]["locality"] <= 1
+    assert {detail["role"] for detail in rows[0]["detail"]} == {"edit", "rephrase", "locality", "fluency"}
+
+
+def test_score_with_a_patch_and_with_neither(model, facts, patch):
+    code, out, _ = run("score", "-m", model, "--patch", patch, "--data", facts, "--limit", 1)
+    assert code == 0
+    assert "1 edits" in out
+    rows = json.loads(run("score", "-m", model, "--data", facts, "--json")[1])
+    assert rows[0]["method"] == "none"
+    assert rows[0]["locality"] == 1
+
+
+def test_score_lists_edits_that_could_not_be_made_and_exits_with_1(model, tmp_path):
+    path = tmp_path / "facts.jsonl"
+    path.write_text('{"prompt": "Rome lies in", "target": "Peru"}')
+    settings = ["--set", "contexts=0", "--set", "moment_tokens=300", "--set", "moment_length=20"]
+    code, out, _ = run("score", "-m", model, "--method", "rome", *QUICK, *settings, "--data", path, "--json")
+    assert code == 1
+    assert "needs to know the subject" in json.loads(out)[0]["not_made"][0]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["methods"], "r-rome"),
+        (["models"], "gemma3-270m"),
+        (["data"], "wiki_counterfact"),
+        (["methods", "rome"], "kl_factor"),
+    ],
+)
+def test_lists(args, words):
+    code, out, _ = run(*args)
+    assert code == 0
+    assert words in out
+    assert json.loads(run(*args, "--json")[1])
+
+
+def test_models_show_prints_the_anatomy(model):
+    assert "mlp.down_proj" in run("models", "show", model)[1]
+    assert json.loads(run("models", "show", model, "--json")[1])["layers"] == 3
+
+
+def test_data_show(facts):
+    code, out, _ = run("data", "show", facts, "--record", "1")
+    assert code == 0
+    assert "Who is Ann?" in out
+
+
+def damaged(patch, tmp_path, name, content):
+    """A copy of a patch with one file overwritten."""
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    for file in patch.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / name).write_bytes(content)
+    return folder
+
+
+def test_bad_patches_are_refused(model, patch, tmp_path):
+    weights = (patch / "patch.safetensors").read_bytes()
+    cases = [
+        (
+            damaged(patch, tmp_path, "patch.safetensors", weights[:-5]),
+            "damaged, or not the file that patch.json was written with",
+        ),
+        (tmp_path, "not a patch; expected a folder with patch.json"),
+    ]
+    for folder, words in cases:
+        code, _, message = run("ask", "-m", model, "--patch", folder, "Rome lies in")
+        assert code == 2
+        assert words in message
+
+
+def test_broken_patch_json_is_refused(model, patch, tmp_path):
+    code, _, message = run("patch", "show", damaged(patch, tmp_path, "patch.json", b'{"format": 1, '))
+    assert code == 2
+    assert "not JSON" in message
+    assert "make the patch again" in message
+
+
+def test_wrong_base_is_refused(patch, tmp_path):
+    other = tiny_lm(seed=9)
+    other.model.save_pretrained(tmp_path / "other")
+    other.tokenizer.save_pretrained(tmp_path / "other")
+    code, _, message = run("ask", "-m", tmp_path / "other", "--patch", patch, "Rome lies in")
+    assert code == 2
+    assert "this patch was made for tiny" in message
+    assert "the model in hand is other" in message
+
+
+BAD_EDITS = [
+    (
+        ["--subject", "Oslo", "--prompt", "Rome lies in", "--target", "Peru"],
+        'expected a part of the prompt, found "Oslo"',
+    ),
+    (["--subject", "Rome", "--prompt", "Rome lies in", "--target", " "], '"target": expected some text, found none'),
+    (["--prompt", "Rome lies in"], '"--target": is missing.'),
+    (["--prompt", "Rome lies in", "--target", "Peru"], "rome needs to know the subject"),
+    ([*EDIT, "--method", "rme"], 'no method "rme". Did you mean "rome"?'),
+    ([*EDIT, "--set", "layr=3"], 'rome has no setting "layr". Did you mean "layer"?'),
+    ([*EDIT, "--set", "layer"], '"layer": expected key=value'),
+    ([*EDIT, "--set", "lr=fast"], 'rome, setting "lr" (learning rate of Adam): expected'),
+    ([*EDIT, "--set", "layer=77"], "there is no block 77: the model has 3"),
+    ([*EDIT, "--edits", "x.jsonl"], "give one or the other"),
+    (["--edits", "no-such.jsonl"], "no such file"),
+    ([*EDIT, "--device", "cuda"], 'device "cuda": not here'),
+    ([*EDIT, "--chat"], "no chat template"),
+]
+
+
+@pytest.mark.parametrize(("args", "words"), BAD_EDITS)
+def test_bad_edits_are_refused_with_a_message_and_leave_nothing(model, tmp_path, args, words):
+    code, out, message = run("edit", "-m", model, *args, "--out", tmp_path / "patch")
+    assert code == 2
+    assert words in message
+    assert out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_taken_or_unwritable_folder_is_refused_before_any_work(model, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    code, _, message = run("edit", "-m", model, *EDIT, "--out", tmp_path / "file" / "patch")
+    assert code == 2
+    assert "cannot be written" in message
+    code, _, message = run("edit", "-m", model, *EDIT, "--out", tmp_path)
+    assert code == 2
+    assert "already there, and it is not overwritten" in message
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_broken_json_is_refused_or_skipped_and_counted(model, tmp_path):
+    path = tmp_path / "facts.jsonl"
+    path.write_text('{"prompt": "Rome lies in", "subject": "Rome", "target": "Peru"}\n{"prompt": "Ann is", "target": ')
+    code, _, message = run("score", "-m", model, "--data", path)
+    assert code == 2
+    assert "record 1" in message
+    assert "expected one JSON object" in message
+    rows = json.loads(run("score", "-m", model, "--data", path, "--skip-invalid", "--json")[1])
+    assert rows[0]["skipped_records"] == 1
+    assert rows[0]["edits"] == 1
+
+
+def test_options_that_contradict_each_other_are_refused(facts, patch):
+    code, _, message = run("score", "--data", facts, "--method", "rome", "--patch", patch)
+    assert code == 2
+    assert "give one or the other" in message
+    code, _, message = run("score", "--data", facts, "--set", "layer=1")
+    assert code == 2
+    assert "Give --method too" in message
+
+
+def test_a_mixture_of_experts_is_refused_with_what_still_works(tmp_path):
+    lm = tiny_lm("mixtral")
+    lm.model.save_pretrained(tmp_path / "moe")
+    lm.tokenizer.save_pretrained(tmp_path / "moe")
+    code, _, message = run("edit", "-m", tmp_path / "moe", "--method", "ft-m", *EDIT, "--out", tmp_path / "patch")
+    assert code == 2
+    assert "mixture of experts" in message
+    assert "Methods that change no MLP projection still work" in message
+
+
+def test_an_unknown_architecture_is_refused(tmp_path):
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text('{"model_type": "no-such-architecture"}')
+    code, _, message = run("ask", "-m", tmp_path / "odd", "hello")
+    assert code == 2
+    assert "no model could be loaded from there" in message
+
+
+def test_errors_leave_the_command_as_one_message_on_stderr():
+    done = subprocess.run(
+        [sys.executable, "-m", "factpatch", "methods", "rme"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith('error: no method "rme". Did you mean "rome"?')
+    assert "Traceback" not in done.stderr
+
+
+def test_every_command_has_help_with_an_example():
+    for command in (
+        ["edit"],
+        ["score"],
+        ["ask"],
+        ["demo"],
+        ["methods"],
+        ["patch", "show"],
+        ["patch", "merge"],
+        ["models", "show"],
+        ["data", "show"],
+    ):
+        code, out, _ = run(*command, "--help")
+        assert code == 0
+        assert "Example" in out
+        assert f"factpatch {' '.join(command)}" in out
+
+
+def test_help_needs_no_torch():
+    code = "import sys; from factpatch.cli.app import app; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
