@@ -141,8 +141,9 @@ class UpperRun:
             return logits_at(self.lm, self.batch, places)
 
 
-def length_batches(lengths: Sequence[int], budget: int = BATCH_TOKENS) -> Iterator[list[int]]:
-    """Indices sorted by length and cut so that rows times the longest stay within the budget."""
+def length_batches(lengths: Sequence[int], budget: int | None = None) -> Iterator[list[int]]:
+    """Indices sorted by length and cut so that rows times the longest stay within the budget, `BATCH_TOKENS` if none."""
+    budget = BATCH_TOKENS if budget is None else budget
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
         if batch and (len(batch) + 1) * lengths[index] > budget:
@@ -238,7 +239,6 @@ def generate(
     choose: Chooser = greedy,
     stop: Callable[[list[int]], bool] = _goes_on,
     end: frozenset[int] = frozenset(),
-    batch_tokens: int = BATCH_TOKENS,
 ) -> list[list[int]]:
     """Write at most `max_new` tokens after each prompt, in the order given.
 
@@ -248,7 +248,7 @@ def generate(
     wanted = list(dict.fromkeys(tuple(prompt) for prompt in prompts))
     done: dict[tuple[int, ...], list[int]] = {}
     with evaluating(lm.model):
-        for indices in length_batches([len(prompt) + max_new for prompt in wanted], batch_tokens):
+        for indices in length_batches([len(prompt) + max_new for prompt in wanted]):
             chosen = [wanted[i] for i in indices]
             done.update(zip(chosen, _write(lm, chosen, max_new, choose, stop, end), strict=True))
     return [list(done[tuple(prompt)]) for prompt in prompts]

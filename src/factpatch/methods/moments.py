@@ -46,7 +46,7 @@ class MomentConfig(Config):
         default=None,
         description="text file to read, or hub:NAME for a data set of the hub; default: text the model writes",
     )
-    moment_tokens: PositiveInt = Field(default=32_768, description="tokens to average over")
+    moment_tokens: PositiveInt = Field(default=16_384, description="tokens to average over")
     moment_length: PositiveInt = Field(default=128, description="longest text, in tokens")
     damping: PositiveFloat = Field(default=1e-3, description="added to the diagonal of C, in units of its mean")
 
@@ -113,7 +113,7 @@ def _read(path: str) -> str:
 def _texts(lm: LM, config: MomentConfig, progress: Progress) -> list[tuple[int, ...]]:
     """Token rows of at most `moment_length`, `moment_tokens` in all or as many as there are."""
     if config.corpus is None:
-        return _self_written(lm, config, progress)
+        return _cached_own_text(lm, config, progress)
     documents = _hub(config.corpus[4:]) if config.corpus.startswith("hub:") else _read(config.corpus).split("\n\n")
     rows: list[tuple[int, ...]] = []
     left = config.moment_tokens
@@ -143,6 +143,26 @@ def _hub(name: str) -> Iterable[str]:
             f'corpus "hub:{name}": could not be read ({type(error).__name__}: {error}).\n'
             '  Expected a data set with a "text" column, such as hub:wikitext:wikitext-103-raw-v1; or give a text file.'
         ) from error
+
+
+def _cached_own_text(lm: LM, config: MomentConfig, progress: Progress) -> list[tuple[int, ...]]:
+    """As `_self_written`; one text serves all blocks."""
+    key = {
+        "fingerprint": lm.fingerprint,
+        "dtype": str(lm.dtype),
+        "tokens": config.moment_tokens,
+        "length": config.moment_length,
+        "seed": config.seed,
+        "version": 1,
+    }
+
+    def compute() -> dict[str, Tensor]:
+        rows = _self_written(lm, config, progress)
+        ids = torch.tensor([token for row in rows for token in row])
+        return {"ids": ids, "lengths": torch.tensor([len(row) for row in rows])}
+
+    kept = cached_tensors("own-text", key, compute)
+    return [tuple(row.tolist()) for row in torch.split(kept["ids"], kept["lengths"].tolist())]
 
 
 def _self_written(lm: LM, config: MomentConfig, progress: Progress) -> list[tuple[int, ...]]:

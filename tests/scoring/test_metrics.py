@@ -1,0 +1,77 @@
+"""The measures against plain definitions."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from factpatch.scoring.metrics import (
+    agreement,
+    begins_with,
+    contains,
+    fluency,
+    ngram_entropy,
+    normalise,
+    same_answer,
+    words,
+)
+from tests.reference import plain
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The  U.S.A.!", "usa"),
+        ("An apple-pie, a day", "apple pie day"),
+        ("I don't know.", "i dont know"),
+        ("Ångström™", "ångströmtm"),
+        ("...", ""),
+    ],
+)
+def test_normalise(text, expected):
+    assert normalise(text) == expected
+
+
+@given(st.text(max_size=30))
+def test_normalising_twice_is_normalising_once(text):
+    assert normalise(normalise(text)) == normalise(text)
+
+
+@pytest.mark.parametrize(
+    ("answer", "aliases", "begins", "has"),
+    [
+        ("Lyon, France.", ["Lyon"], True, True),
+        ("It is Lyon.", ["Lyon"], False, True),
+        ("Lyons is", ["Lyon"], False, False),
+        ("the United States of America", ["USA", "United States"], True, True),
+        ("anything", [], False, False),
+        ("anything", ["..."], False, False),
+        ("", ["Lyon"], False, False),
+    ],
+)
+def test_matches_in_whole_words(answer, aliases, begins, has):
+    assert begins_with(answer, aliases) is begins
+    assert contains(answer, aliases) is has
+
+
+def test_same_answer_ignores_case_and_points():
+    assert same_answer("Paris.", "paris")
+    assert not same_answer("Paris.", "Rome.")
+
+
+def test_agreement_is_a_share_and_refuses_other_lengths():
+    assert agreement([1, 2, 3, 4], [1, 0, 3, 0]) == 0.5
+    with pytest.raises(ValueError, match="two sequences of one length"):
+        agreement([1], [1, 2])
+
+
+@given(st.lists(st.sampled_from("abc"), min_size=4, max_size=30), st.integers(1, 3))
+def test_entropy_equals_its_definition(tokens, n):
+    assert ngram_entropy(tokens, n) == pytest.approx(plain.ngram_entropy(tokens, n), abs=1e-9)
+
+
+def test_fluency_weighs_two_and_three_grams_and_punishes_repetition():
+    text = "one two three four, five six"
+    expected = (2 / 3 * plain.ngram_entropy(words(text), 2) + 4 / 3 * plain.ngram_entropy(words(text), 3)) / 2
+    assert fluency(text) == pytest.approx(expected)
+    assert fluency("so " * 50) == 0
+    assert fluency("") == 0

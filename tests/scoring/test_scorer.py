@@ -1,0 +1,192 @@
+"""The scorer and its scorecards: same numbers whatever the batching, and nothing unscored in silence."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from factpatch.edits import Edit
+from factpatch.methods import create
+from factpatch.scoring import PROTOCOLS, ProbeScore, Scorecard, Scorer
+from factpatch.scoring.protocols import Seen
+from factpatch.testing import Snapshot, tiny_edits, tiny_lm
+from tests.reference import plain
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return tiny_lm()
+
+
+@pytest.fixture(scope="module")
+def patch(lm):
+    return create("ft-m", {"steps": 30, "lr": 1e-2}).fit(lm, tiny_edits()[:1])
+
+
+def scores(card):
+    return {
+        (r.protocol, r.edit, r.role, r.kind, r.prompt): (r.before, r.after, r.said_before, r.said_after)
+        for r in card.scores
+    }
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bloom", "opt", "gemma3_text", "falcon"])
+def test_batch_size_and_order_do_not_change_a_score(architecture, monkeypatch):
+    lm, edits = tiny_lm(architecture), tiny_edits()
+    patch = create("ft-m", {"steps": 10, "lr": 1e-2}).fit(lm, edits[:1])
+    card = scores(Scorer(lm).score(edits, patch))
+    assert scores(Scorer(lm).score(edits[::-1], patch)) == card
+    single = [scores(Scorer(lm).score([edit], patch)) for edit in edits]
+    assert {k: v for part in single for k, v in part.items()} == card
+    monkeypatch.setattr("factpatch.lm.run.BATCH_TOKENS", 1)
+    assert scores(Scorer(lm).score(edits, patch)) == card
+
+
+def test_padding_side_does_not_change_a_score(lm, patch):
+    found = []
+    for side in ("left", "right"):
+        lm.tokenizer.padding_side = side
+        found.append(scores(Scorer(lm).score(tiny_edits(), patch)))
+        assert lm.tokenizer.padding_side == side
+    assert found[0] == found[1]
+
+
+def test_survey_success_equals_plain_teacher_forcing(lm, patch):
+    edits = tiny_edits()
+    card = Scorer(lm, protocols=["survey"], fluency=False).score(edits, patch)
+    for edit in edits:
+        ids, n = plain.encode(lm, edit.prompt, edit.target)
+        with torch.no_grad():
+            before = lm.model(ids).logits[0, n - 1 : -1].argmax(-1)
+            with lm.patched(patch):
+                after = lm.model(ids).logits[0, n - 1 : -1].argmax(-1)
+        row = next(r for r in card.scores if r.edit == edit.id and r.role == "edit")
+        assert row.before == pytest.approx((before == ids[0, n:]).float().mean().item())
+        assert row.after == pytest.approx((after == ids[0, n:]).float().mean().item())
+
+
+def test_survey_locality_compares_with_the_unedited_model(lm, patch):
+    card = Scorer(lm, protocols=["survey"], fluency=False).score(tiny_edits()[:1], patch)
+    ids, n = plain.encode(lm, "Oslo lies in", "Norway")
+    with torch.no_grad():
+        before = lm.model(ids).logits[0, n - 1 : -1].argmax(-1)
+        with lm.patched(patch):
+            after = lm.model(ids).logits[0, n - 1 : -1].argmax(-1)
+    assert card.summary("survey").locality == pytest.approx((before == after).float().mean().item())
+
+
+def test_without_a_patch_everything_stays(lm):
+    summary = Scorer(lm).score(tiny_edits()).summary("open")
+    assert summary.locality == 1
+    assert summary.edit_success == summary.edit_success_before
+    assert summary.fluency == summary.fluency_before
+
+
+def test_before_is_the_base_model_whatever_lies_on_it(lm, patch):
+    bare = scores(Scorer(lm).score(tiny_edits(), patch))
+    with lm.patched(patch):
+        assert scores(Scorer(lm).score(tiny_edits())) == bare
+
+
+def test_the_unedited_model_is_asked_once(lm, patch):
+    scorer = Scorer(lm)
+    assert scorer.score(tiny_edits(), patch).baseline_seconds > 0.01
+    assert scorer.score(tiny_edits(), patch).baseline_seconds < 0.01
+
+
+def test_scoring_leaves_the_model_alone(lm, patch):
+    before = Snapshot.of(lm)
+    Scorer(lm).score(tiny_edits(), patch)
+    assert before.differences(lm) == []
+
+
+def test_a_probe_without_answers_is_unscored_under_survey_and_counted(lm, patch):
+    card = Scorer(lm, fluency=False).score(tiny_edits()[1:], patch)
+    survey, free = card.summary("survey"), card.summary("open")
+    assert survey.locality is None
+    assert (survey.unscored, free.unscored) == (1, 0)
+    assert free.locality is not None
+    assert [r.unscored for r in card.scores if r.role == "locality" and r.protocol == "survey"] == [
+        "the data set gives no answer to compare with"
+    ]
+
+
+def test_fluency_is_seeded_by_seed_and_prompt(lm):
+    def texts(seed):
+        return [
+            r.said_after
+            for r in Scorer(lm, seed=seed, protocols=["open"]).score(tiny_edits()).scores
+            if r.role == "fluency"
+        ]
+
+    assert texts(0) == texts(0)
+    assert texts(0) != texts(1)
+
+
+EDIT = Edit(id="e", prompt="Rome lies in", target="Peru", ground_truth=("Italy",), subject="Rome")
+
+
+@pytest.mark.parametrize(
+    ("edit", "said", "score"),
+    [
+        (EDIT, "Peru, of course.", 1),
+        (EDIT, "Well, Peru.", 0),
+        (EDIT.model_copy(update={"prompt": "Where is Rome?"}), "Well, in Peru.", 1),
+        (EDIT.model_copy(update={"kind": "erase", "target": "I don't know."}), "I don't know.", 1),
+        (EDIT.model_copy(update={"kind": "erase", "target": "I don't know."}), "I don't know. Italy", 0),
+        (EDIT.model_copy(update={"kind": "erase", "target": "I don't know."}), "Spain", 0),
+    ],
+)
+def test_open_answers_are_judged_as_documented(edit, said, score):
+    assert PROTOCOLS["open"].correct(edit, next(edit.probes()), Seen(said), chat=False) == score
+
+
+def row(edit, role, after, kind="", **more):
+    return ProbeScore(protocol="open", edit=edit, role=role, kind=kind, prompt="p", after=after, **more)
+
+
+def card_of(rows):
+    return Scorecard(versions={"open": 1}, chat=False, scores=tuple(rows))
+
+
+def test_means_are_over_kinds_then_over_edits_that_have_any():
+    card = card_of(
+        [
+            row("a", "edit", 1), row("b", "edit", 0),
+            row("a", "portability", 1, "R"), row("a", "portability", 0, "R"), row("a", "portability", 1, "S"),
+            row("b", "locality", 0.5, "N"), row("b", "locality", None, "N", unscored="why"),
+        ]
+    )  # fmt: skip
+    summary = card.summary("open")
+    assert summary.edits == 2
+    assert summary.edit_success == 0.5
+    assert summary.portability == 0.75
+    assert summary.locality == 0.5
+    assert summary.rephrase is None
+    assert summary.by_kind == {"locality/N": 0.5, "portability/R": 0.5, "portability/S": 1.0}
+    assert (summary.scored, summary.unscored) == (6, 1)
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("abc"), st.sampled_from(["edit", "portability", "locality"]), st.floats(0, 1)),
+        min_size=1,
+    ),
+    st.randoms(),
+)
+def test_order_of_rows_does_not_matter(made, shuffler):
+    rows = [row(edit, role, after, kind="" if role == "edit" else "K") for edit, role, after in made]
+    summary = card_of(rows).summary("open")
+    shuffler.shuffle(rows)
+    again = card_of(rows).summary("open")
+    for name in ("edit_success", "portability", "locality"):
+        assert getattr(summary, name) == pytest.approx(getattr(again, name))
+
+
+def test_join_adds_up_seconds_and_keeps_every_row():
+    cards = [
+        card_of([row(edit, "edit", 1)]).model_copy(update={"fit_seconds": 1.5, "score_seconds": 2.0}) for edit in "ab"
+    ]
+    joined = Scorecard.join(cards)
+    assert (joined.fit_seconds, joined.score_seconds, len(joined.scores)) == (3.0, 4.0, 2)
+    assert joined.summary("open").edits == 2
