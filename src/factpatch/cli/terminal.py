@@ -77,17 +77,17 @@ def progress() -> Iterator[Report]:
 
 
 class _Lines:
-    """One line for each thing begun, at most one every two seconds, where a bar cannot be drawn."""
+    """A line for each thing begun, where a bar cannot be drawn, and one every half minute while it goes on."""
 
     def __init__(self) -> None:
         self._doing, self._last = "", 0.0
 
     def __call__(self, doing: str, done: int, total: int | None) -> None:
         now = time.monotonic()
-        if doing == self._doing or now - self._last < 2:
+        if done == total or (doing == self._doing and now - self._last < 30):
             return
         self._doing, self._last = doing, now
-        err.print(f"{doing} …" if not total or total == 1 else f"{doing} … ({done} of {total})")
+        err.print(f"{doing} … {done} of {total}" if done else f"{doing} …", soft_wrap=True)
 
 
 def number(value: float | None, digits: int = 3) -> str:

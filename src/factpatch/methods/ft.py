@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
@@ -137,14 +138,7 @@ class FtM(_FineTuning):
     """
 
     name = "ft-m"
-    traits = Traits(
-        family="fine-tuning",
-        phase="mastery",
-        paper="Zhang et al. 2024 (the survey), arXiv 2401.01286",
-        patch=WeightPatch,
-        joint=True,
-        needs="MLP output projection",
-    )
+    traits = replace(FtL.traits, paper="Zhang et al. 2024 (the survey), arXiv 2401.01286")
 
     def batch(self, lm: LM, layer: int, edits: Sequence[Edit], config: FtConfig) -> _Batch:
         """Prompt and target, read before each target token."""

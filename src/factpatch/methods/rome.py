@@ -6,6 +6,7 @@ r-ROME  Gupta et al. 2024, "Rebuilding ROME" (arXiv 2403.07175)
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -81,23 +82,20 @@ class Rome(Method[RomeConfig]):
         projection = lm.anatomy.mlp_out(layer)
         factor = factorised(second_moment(lm, layer, config, progress), config.damping) if config.covariance else None
         prefixes = context_prefixes(lm, config.contexts, config.seed)
-        provenance = self.provenance(lm, settled, edits)
         notes: list[dict[str, Any]] = []
         change: LowRank | None = None
+
+        def patch(change: LowRank) -> WeightPatch:
+            stored = change.T if projection.transposed else change
+            return WeightPatch(self.provenance(lm, settled, edits, notes), {projection.parameter: stored})
+
         for edit in edits:
-            so_far = (
-                []
-                if change is None
-                else [WeightPatch(provenance, {projection.parameter: _stored(change, projection.transposed)})]
-            )
-            with lm.patched(*so_far):
+            with lm.patched(*([] if change is None else [patch(change)])):
                 step, note = self._one(lm, layer, edit, prefixes, factor, config, progress)
             notes.append({"edit": edit.id, **note})
             change = step if change is None else change + step
         assert change is not None, "fit refuses an empty batch"
-        return WeightPatch(
-            self.provenance(lm, settled, edits, notes), {projection.parameter: _stored(change, projection.transposed)}
-        )
+        return patch(change)
 
     def _one(
         self,
@@ -138,15 +136,7 @@ class RRome(Rome):
 
     name = "r-rome"
     config_type = RRomeConfig
-    traits = Traits(
-        family="locate then edit",
-        phase="mastery",
-        paper="Gupta et al. 2024, arXiv 2403.07175",
-        patch=WeightPatch,
-        needs_subject=True,
-        prepares="second moment of keys at one block",
-        needs="MLP output projection",
-    )
+    traits = replace(Rome.traits, paper="Gupta et al. 2024, arXiv 2403.07175")
 
 
 def insert(
@@ -171,7 +161,3 @@ def insert(
 
 def _layer(lm: LM, config: RomeConfig) -> int:
     return round(lm.anatomy.n_layers * 0.27) if config.layer is None else config.layer
-
-
-def _stored(change: LowRank, transposed: bool) -> LowRank:
-    return change.T if transposed else change
