@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shlex
 import sys
 from datetime import date
 from pathlib import Path
@@ -20,6 +21,7 @@ import typer
 from factpatch.bench import score_singly
 from factpatch.cli.terminal import number, progress
 from factpatch.data import read
+from factpatch.files import whole_file
 from factpatch.lm import load
 from factpatch.methods import create
 from factpatch.scoring import Scorer
@@ -36,40 +38,35 @@ def main(
     limit: int = 12,
     model: str = "smollm2-135m",
 ) -> None:
-    """Write a table of scores, best last column first seen; survey protocol unless a column says open."""
+    """Write a table of scores, after each row anew, so that a run that is stopped leaves what it had."""
     edits = read(data).edits[first : first + limit]
     axes = [(key, values.split(",")) for key, _, values in (axis.partition("=") for axis in grid)]
-    rows: list[tuple[str, list[float | None]]] = []
     with progress() as report:
         lm = load(model, progress=report)
         scorer = Scorer(lm, fluency=False)
+        head = [
+            f"# {method} on {lm.name}: {', '.join(key for key, _ in axes)}",
+            "",
+            f"{limit} records of `{data.rpartition(chr(47))[2]}` from number {first} on, each edited alone. "
+            f"Survey protocol unless said. {date.today()}.",
+            "",
+            f"    python benchmarks/tune.py {shlex.join(sys.argv[1:])}",
+            "",
+            f"| settings | {' | '.join(COLUMNS)} |",
+            f"| --- |{' ---: |' * len(COLUMNS)}",
+        ]
+        rows: list[str] = []
         for values in itertools.product(*(values for _, values in axes)):
             settings = {key: json.loads(value) for (key, _), value in zip(axes, values, strict=True)}
             card = score_singly(lm, create(method, settings), edits, scorer, report).card
             if card is None:
                 continue
             free, survey = card.summary("open"), card.summary("survey")
-            shown = ", ".join(f"{key}={value}" for key, value in settings.items())
             scores = [free.edit_success, survey.edit_success, survey.rephrase, survey.portability, survey.locality]
-            rows.append((shown, [*scores, (card.fit_seconds or 0) / len(edits)]))
-            sys.stdout.write(f"{shown}: {' '.join(number(v) for v in rows[-1][1])}\n")
-            sys.stdout.flush()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    lines = [
-        f"# {method} on {lm.name}: {', '.join(key for key, _ in axes)}",
-        "",
-        f"{limit} records of `{data.rpartition('/')[2]}` from number {first} on, each edited alone; survey protocol "
-        f"unless said. {date.today()}.",
-        "",
-        f"    python benchmarks/tune.py {method} --data {data} --first {first} --limit {limit} "
-        + " ".join(f"--grid {axis}" for axis in grid)
-        + f" --out {out}",
-        "",
-        f"| settings | {' | '.join(COLUMNS)} |",
-        f"| --- |{' ---: |' * len(COLUMNS)}",
-        *(f"| {shown} | {' | '.join(number(v) for v in values)} |" for shown, values in rows),
-    ]
-    out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            numbers = [number(value) for value in (*scores, (card.fit_seconds or 0) / len(edits))]
+            rows.append(f"| {', '.join(f'{key}={value}' for key, value in settings.items())} | {' | '.join(numbers)} |")
+            with whole_file(out) as draft:
+                draft.write_text("\n".join([*head, *rows]) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import importlib
 import os
 import random
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,6 @@ importlib.import_module("beartype._check.code.codemain")
 importlib.import_module("beartype.door")
 random.getrandbits = _global
 
-REAL_CACHE = os.environ.get("FACTPATCH_CACHE")
 SHARED = Path(__file__).parents[1].parent / "shared" / "knowedit"
 
 
@@ -32,20 +30,16 @@ def _threads():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session")
+def _cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("factpatch-cache")
+
+
 @pytest.fixture(autouse=True)
-def _own_cache(request, monkeypatch, tmp_path_factory):
+def _own_cache(request, monkeypatch, _cache):
     """Tests keep their statistics apart from the user's, but for those that use the real model."""
     if "real" not in request.keywords:
-        monkeypatch.setenv("FACTPATCH_CACHE", str(_worker_cache()))
-
-
-_CACHE: list[Path] = []
-
-
-def _worker_cache() -> Path:
-    if not _CACHE:
-        _CACHE.append(Path(tempfile.mkdtemp(prefix="factpatch-test-cache-")))
-    return _CACHE[0]
+        monkeypatch.setenv("FACTPATCH_CACHE", str(_cache))
 
 
 @pytest.fixture(scope="session")
