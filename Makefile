@@ -20,8 +20,8 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV): a few minutes, once."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade pip
-	@$(BIN)/python -m pip install --quiet --progress-bar on --constraint constraints.txt "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
-	@$(BIN)/python -m pip install --quiet --progress-bar on --constraint constraints.txt --editable ".[dev]"
+	@$(BIN)/python -m pip install --constraint constraints.txt "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	@$(BIN)/python -m pip install --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
 demo: setup

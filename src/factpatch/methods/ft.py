@@ -20,7 +20,7 @@ from factpatch.lm import LM
 from factpatch.lm.hooks import replacing_output
 from factpatch.lm.run import Batch, Places, UpperRun
 from factpatch.lm.tokens import Encoded
-from factpatch.methods.base import Config, Method, Traits
+from factpatch.methods.base import Config, Method, Preset, Traits
 from factpatch.patches import Dense, WeightPatch
 from factpatch.progress import Progress
 
@@ -139,6 +139,13 @@ class FtM(_FineTuning):
 
     name = "ft-m"
     traits = replace(FtL.traits, paper="Zhang et al. 2024 (the survey), arXiv 2401.01286")
+    presets = (
+        Preset(
+            (30, 576),
+            {"layer": 12, "steps": 60, "stop_loss": 0.1},
+            "SmolLM2-135M, measured: docs/results/tuning/ft-m.md",
+        ),
+    )
 
     def batch(self, lm: LM, layer: int, edits: Sequence[Edit], config: FtConfig) -> _Batch:
         """Prompt and target, read before each target token."""

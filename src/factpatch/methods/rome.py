@@ -42,7 +42,12 @@ class RRomeConfig(RomeConfig):
     consistent_keys: bool = Field(default=True, description="the averaged key everywhere; false is ROME")
 
 
-_PUBLISHED = (
+_PRESETS = (
+    Preset(
+        (30, 576),
+        {"layer": 6, "steps": 40, "contexts": 5},
+        "SmolLM2-135M, measured: docs/results/tuning/rome.md",
+    ),
     Preset((48, 1600), {"layer": 17, "weight_decay": 0.5}, "GPT-2 XL in the release of ROME (arXiv 2202.05262)"),
     Preset((28, 4096), {"layer": 5, "weight_decay": 0.5}, "GPT-J in the release of ROME (arXiv 2202.05262)"),
     Preset((32, 4096), {"layer": 5}, "Llama-2-7B in the survey (arXiv 2401.01286)"),
@@ -58,7 +63,7 @@ class Rome(Method[RomeConfig]):
 
     name = "rome"
     config_type = RomeConfig
-    presets = _PUBLISHED
+    presets = _PRESETS
     traits = Traits(
         family="locate then edit",
         phase="mastery",
