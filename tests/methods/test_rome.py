@@ -151,7 +151,7 @@ def test_bad_corpus_is_refused(tmp_path, corpus, words):
         second_moment(tiny_lm(), 0, MomentConfig(corpus=str(tmp_path / corpus), moment_tokens=77), silent)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bloom"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bloom", "falcon", "opt"])
 def test_rome_inserts_the_pair_it_promises(architecture):
     """After r-ROME the projection gives `v0 + delta` for the mean key; after ROME for the bare prompt's key."""
     lm, (edit, _) = tiny_lm(architecture), tiny_edits()

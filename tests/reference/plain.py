@@ -88,7 +88,7 @@ def optimise_value(lm, module, edit, prefixes, *, lr, steps, kl_factor, weight_d
     texts = [(prefix + edit.prompt, edit.target) for prefix in prefixes]
     essence = f"{edit.subject} is a"
     outputs = []
-    handle = module.register_forward_hook(lambda _, __, out: outputs.append(out.detach()))
+    handle = module.register_forward_hook(lambda _, __, out: outputs.append(out.detach().clone()))
     with torch.no_grad():
         bare = lm.model(encode(lm, edit.prompt)[0])
         plain = lm.model(encode(lm, essence)[0]).logits[0, -1].float().log_softmax(-1)

@@ -29,7 +29,10 @@ def _with_hidden(value: Any, hidden: Tensor) -> Any:
 
 @contextmanager
 def reading(module: nn.Module, see: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
-    """Call `see(input, output)` each time the module runs."""
+    """Call `see(input, output)` each time the module runs.
+
+    Take from them at once what is wanted: some blocks go on to add to the very tensor they were given.
+    """
     handle = module.register_forward_hook(lambda _, args, out: see(args[0], _hidden(out)))
     try:
         yield

@@ -79,9 +79,9 @@ def target_values(
     is_essence = torch.isin(places.rows, essence_rows)
     owner = torch.tensor(rows.owner, device=lm.device)
     seen: list[Tensor] = []
-    with torch.no_grad(), reading(projection.module, lambda _, out: seen.append(out)):
+    with torch.no_grad(), reading(projection.module, lambda _, out: seen.append(at_subject(out, batch, rows.texts))):
         before = upper.logits_at(places)[is_essence].log_softmax(-1)
-    old = at_subject(seen[0], batch, rows.texts).float()[rows.bare].detach()
+    old = seen[0].float()[rows.bare]
     limit = config.clamp * old.norm(dim=-1)
 
     target = torch.tensor([t for text in rows.texts for t in text.target_ids], device=lm.device)
