@@ -18,6 +18,9 @@ def test_equals_plain_training(name, architecture):
     ((parameter, delta),) = patch.deltas.items()
     expected = plain.fine_tune(lm, parameter, LOSSES[name], edits, lr=1e-3, steps=5)
     assert expected.abs().max() > 1e-3
+    with torch.no_grad():
+        first = LOSSES[name](lm.model, lm, edits).item()
+    assert patch.provenance.notes[0]["first_loss"] == pytest.approx(first, rel=1e-4)
     torch.testing.assert_close(delta.full(), expected, rtol=2e-2, atol=2e-5)
 
 

@@ -19,11 +19,11 @@ PREFIXES = ("", "Some time ago. ", "As it is. ")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_value_equals_plain_optimisation(architecture):
     lm, (edit, _) = tiny_lm(architecture), tiny_edits()
-    config = ValueConfig(steps=6, stop_loss=0, weight_decay=0.5, clamp=3.0)
+    config = ValueConfig(steps=6, stop_loss=0, weight_decay=0.5, clamp=3.0, kl_factor=8.0)
     (value,) = target_values(lm, [edit], 1, PREFIXES, config, silent)
     module = lm.anatomy.mlp_out(1).module
     old, delta = plain.optimise_value(
-        lm, module, edit, PREFIXES, lr=0.5, steps=6, kl_factor=0.0625, weight_decay=0.5, clamp=3.0
+        lm, module, edit, PREFIXES, lr=0.5, steps=6, kl_factor=8.0, weight_decay=0.5, clamp=3.0
     )
     torch.testing.assert_close(value.old, old, rtol=1e-4, atol=1e-5)
     assert delta.norm() > 0.1
