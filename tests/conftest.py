@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Before torch is imported: two workers on two cores must not spin against each other.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -19,6 +20,10 @@ _global, random.getrandbits = random.getrandbits, random.Random(0).getrandbits
 importlib.import_module("beartype._check.code.codemain")
 importlib.import_module("beartype.door")
 random.getrandbits = _global
+
+# A busy machine is slow, not wrong.
+settings.register_profile("factpatch", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("factpatch")
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "knowedit"
 
