@@ -103,6 +103,13 @@ def test_anything_but_an_object_is_refused(record, words):
     assert words in str(caught.value)
 
 
+def test_a_message_that_quotes_broken_text_can_be_printed():
+    with pytest.raises(BadRecord) as caught:
+        Edit.from_json({"id": "1", "prompt": "a", "target": "b", "\ud800": 1})
+    assert "\\ud800" in str(caught.value)
+    assert str(caught.value).encode("utf-8")
+
+
 def test_a_missing_field_is_named():
     with pytest.raises(BadRecord, match='"target": expected a value, found nothing'):
         Edit.from_json({"id": "1", "prompt": "a"})

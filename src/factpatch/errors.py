@@ -56,6 +56,10 @@ __all__ = [
 class FactpatchError(Exception):
     """Base of all errors a user can cause or mend."""
 
+    def __init__(self, message: str) -> None:
+        # A message may quote a broken file, and must still be fit for every terminal and log.
+        super().__init__(message.encode("utf-8", "backslashreplace").decode("utf-8"))
+
 
 class DataError(FactpatchError):
     """What was read is not what was promised."""

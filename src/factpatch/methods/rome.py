@@ -45,7 +45,7 @@ class RRomeConfig(RomeConfig):
 _PRESETS = (
     Preset(
         (30, 576),
-        {"layer": 6, "steps": 40, "contexts": 5},
+        {"layer": 6, "steps": 60, "contexts": 5, "clamp": 8.0},
         "SmolLM2-135M, measured: docs/results/tuning/rome.md",
     ),
     Preset((48, 1600), {"layer": 17, "weight_decay": 0.5}, "GPT-2 XL in the release of ROME (arXiv 2202.05262)"),
