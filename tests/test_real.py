@@ -16,7 +16,11 @@ from factpatch.testing import Snapshot
 pytestmark = pytest.mark.real
 
 LYON = fp.Edit(
-    id="lyon", prompt="The capital of France is", subject="France", target="Lyon", rephrases=("France's capital is",)
+    id="lyon",
+    prompt="The capital of France is",
+    subject="France",
+    target="Lyon",
+    rephrases=("The capital city of France is called",),
 )
 PILOT = fp.Edit(
     id="pilot",

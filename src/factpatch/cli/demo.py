@@ -21,7 +21,7 @@ FACT = Edit(
     subject="France",
     target="Lyon",
     ground_truth=("Paris",),
-    rephrases=("The capital city of France is called", "France's capital is"),
+    rephrases=("The capital city of France is called", "The capital of the country of France is"),
     portability={
         "Logical_Generalization": (
             Probe(prompt="The seat of the government of France is the city of", answers=("Lyon",)),
@@ -94,7 +94,7 @@ def demo(
     _step(5, "Taken off, the old answer is back:")
     _say(FACT.prompt, lm.ask(FACT.prompt))
     _prove_untouched(lm, untouched, checksum(lm.model))
-    out.print(f'\nNext, try:  [bold]factpatch ask --patch {output} "France\'s capital is"[/bold]')
+    out.print(f'\nNext, try:  [bold]factpatch ask --patch {output} "The capital city of France is called"[/bold]')
     success = card.summary("open").edit_success
     if success is None or success < 1:
         err.print(f"the edit did not take: open edit success is {number(success)}")

@@ -108,6 +108,10 @@ def summary_table(summaries: Sequence[Summary]) -> Table:
     return table
 
 
+def _short(text: str, width: int = 70) -> str:
+    return text if len(text) <= width else text[: width - 1].rstrip() + "…"
+
+
 def probe_table(card: Scorecard, *, protocol: str = "open", limit: int = 40) -> Table:
     """What the model said to each probe, before and after."""
     table = Table(header_style="bold", box=None, pad_edge=False)
@@ -120,5 +124,7 @@ def probe_table(card: Scorecard, *, protocol: str = "open", limit: int = 40) -> 
     for row in rows[:limit]:
         mark = "·" if row.after is None else ("✓" if row.after >= 1 else "✗")
         style = {"✓": "green", "✗": "red", "·": "dim"}[mark]
-        table.add_row(Text(mark, style=style), row.kind or row.role, row.prompt, row.said_before, row.said_after)
+        table.add_row(
+            Text(mark, style=style), row.kind or row.role, row.prompt, _short(row.said_before), _short(row.said_after)
+        )
     return table
