@@ -39,7 +39,7 @@ class Traits:
     paper          where it was published
     kinds          the kinds of edit it can make
     needs_subject  it must know which part of the prompt the fact is about
-    exact_batch    a batch of edits is made at once and jointly; otherwise one after the other
+    joint          a batch of edits is made at once; otherwise one after the other, each on what the last one left
     patch          the kind of patch it makes
     prepares       what it computes once for each model, in words; empty for nothing
     needs          what a model must have, in words
