@@ -68,9 +68,15 @@ def whole_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         for file in draft.rglob("*"):
             if file.is_file():
                 _flush(file)
+        old = folder / "old"
         if path.exists():
-            path.replace(folder / "old")
-        draft.replace(path)
+            path.replace(old)
+        try:
+            draft.replace(path)
+        except OSError:
+            if old.exists():
+                old.replace(path)
+            raise
 
 
 def check_output(path: Path) -> None:

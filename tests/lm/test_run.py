@@ -1,6 +1,6 @@
 """Batched reading and writing give what one-by-one gives, and what transformers itself gives."""
 
-import math
+import random
 from collections import Counter
 
 import pytest
@@ -8,9 +8,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from factpatch.lm.hooks import reading, replacing_input, replacing_output, until
-from factpatch.lm.run import Batch, Places, Sampler, UpperRun, evaluating, generate, length_batches, logits_at, predict
-from factpatch.testing import ARCHITECTURES, Snapshot, tiny_lm
+from factpatch.errors import TokenizerError
+from factpatch.lm import run
+from factpatch.lm.hooks import reading
+from factpatch.lm.run import (
+    Batch,
+    Places,
+    Sampler,
+    UpperRun,
+    evaluating,
+    generate,
+    input_of,
+    length_batches,
+    logits_at,
+    predict,
+)
+from factpatch.testing import ARCHITECTURES, Snapshot, logits_of, tiny_lm
 
 PROMPTS = ["Rome lies in", "A", "Where, then, does Oslo lie? Far up in", "One more"]
 TARGETS = ["Peru", "b", "Norway, they say", "time"]
@@ -126,17 +139,203 @@ def test_evaluating_puts_every_module_back_into_its_mode():
     assert [module.training for module in lm.model.modules()] == modes
 
 
-def test_until_stops_there_and_replacements_replace():
+def test_rows_are_padded_on_the_side_asked_for():
+    cpu = torch.device("cpu")
+    right, left = Batch.of([[5, 6, 7], [8]], cpu), Batch.of([[5, 6, 7], [8]], cpu, left=True)
+    assert right.ids.tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert right.mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert left.ids.tolist() == [[5, 6, 7], [0, 0, 8]]
+    assert left.mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+def test_places_are_rows_and_columns():
+    places = Places.of([[1, 2], [], [0]], torch.device("cpu"))
+    assert places.rows.tolist() == [0, 0, 2]
+    assert places.cols.tolist() == [1, 2, 0]
+
+
+@pytest.mark.parametrize("budget", [1, 30, 60, 10_000])
+def test_order_and_batch_budget_do_not_matter(monkeypatch, budget):
+    lm = tiny_lm("gpt2")
+    prompts = [lm.tokens.encode(prompt).ids for prompt in PROMPTS]
+    expected, written = predict(lm, texts(lm)), generate(lm, prompts, max_new=6)
+    sampled = generate(lm, prompts, max_new=6, choose=Sampler(seed=1, top_k=9))
+    monkeypatch.setattr(run, "BATCH_TOKENS", budget)
+    for order in ([0, 1, 2, 3], [3, 1, 0, 2], [2, 3, 1, 0]):
+        found = predict(lm, [texts(lm)[i] for i in order])
+        for i, prediction in zip(order, found, strict=True):
+            assert (prediction.target, prediction.best) == (expected[i].target, expected[i].best)
+            assert prediction.logprobs == pytest.approx(expected[i].logprobs, abs=1e-4)
+        chosen = [prompts[i] for i in order]
+        assert generate(lm, chosen, max_new=6) == [written[i] for i in order]
+        assert generate(lm, chosen, max_new=6, choose=Sampler(seed=1, top_k=9)) == [sampled[i] for i in order]
+
+
+def test_the_budget_bounds_what_the_model_sees_at_once(monkeypatch):
     lm = tiny_lm()
-    ids = torch.tensor([lm.tokens.encode("Rome").ids])
-    blocks, seen = lm.anatomy.blocks, []
-    with reading(blocks[0], lambda *_: seen.append(0)), reading(blocks[1], lambda *_: seen.append(1)), until(blocks[0]):
-        lm.model(ids)
-    assert seen == [0]
+    monkeypatch.setattr(run, "BATCH_TOKENS", 40)
+    sizes = []
+    with reading(lm.anatomy.embedding, lambda ids, _: sizes.append(ids.numel())):
+        predict(lm, texts(lm))
+    assert len(sizes) > 1
+    assert max(sizes[:-1]) <= 40
+    assert sizes[-1] == max(len(text.ids) for text in texts(lm)) > 40, "a text too long for the budget runs alone"
+
+
+def test_what_is_asked_twice_runs_once_and_each_gets_an_answer_of_its_own():
+    lm = tiny_lm()
+    prompt, rows = lm.tokens.encode("Rome lies in").ids, []
+    with reading(lm.anatomy.embedding, lambda ids, _: rows.append(ids.shape[0])):
+        one, other = generate(lm, [prompt, list(prompt)], max_new=3)
+        first, second = predict(lm, [texts(lm)[0]] * 2)
+    assert set(rows) == {1}
+    assert one == other
+    assert one is not other
+    assert first == second
+
+
+def test_nothing_asked_nothing_done():
+    lm = tiny_lm()
+    assert predict(lm, []) == []
+    assert generate(lm, [], max_new=3) == []
+    assert generate(lm, [lm.tokens.encode("Rome").ids], max_new=0) == [[]]
+    (nothing,) = predict(lm, [lm.tokens.encode("Rome")])
+    assert (nothing.target, nothing.best, nothing.logprobs) == ((), (), ())
+
+
+def test_a_target_with_nothing_before_it_is_refused():
+    with pytest.raises(TokenizerError, match='nothing stands before the target "Rome"'):
+        tiny_lm(bos=False).tokens.encode("", "Rome")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_logits_are_those_of_the_places_asked_for(architecture):
+    lm = tiny_lm(architecture)
+    batch = Batch.of([text.ids for text in texts(lm)], lm.device)
+    places = Places.of([[3, 0], [1], [], [2, 2]], lm.device)
     with torch.no_grad():
-        with replacing_output(blocks[2], lambda _, out: out * 0):
-            assert lm.model(ids).logits.std(dim=1).max() == 0
-        with replacing_input(lm.anatomy.head, lambda hidden: hidden * 0):
-            assert lm.model(ids).logits.abs().max() == 0
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in lm.model.modules())
-    assert math.isfinite(lm.model(ids).logits.sum().item())
+        plain = lm.model(input_ids=batch.ids, attention_mask=batch.mask).logits.float()
+        found = logits_at(lm, batch, places)
+    torch.testing.assert_close(found, plain[[0, 0, 1, 3, 3], [3, 0, 1, 2, 2]], rtol=1e-4, atol=1e-5)
+    assert found.dtype == torch.float32
+
+
+def test_logits_are_float32_whatever_the_model_is_and_keep_the_graph():
+    lm = tiny_lm()
+    lm.model.to(torch.bfloat16)
+    batch, places = Batch.of([[256, 5, 6]], lm.device), Places.of([[2]], lm.device)
+    logits = logits_at(lm, batch, places)
+    assert logits.dtype == torch.float32
+    logits.sum().backward()
+    assert lm.anatomy.mlp_out(0).module.weight.grad is not None
+
+
+def test_what_a_module_reads_is_taken_without_running_on():
+    lm = tiny_lm()
+    batch, seen, after = Batch.of([text.ids for text in texts(lm)], lm.device), [], []
+    projection = lm.anatomy.mlp_out(1).module
+    with reading(lm.anatomy.blocks[1], lambda *_: after.append(1)):
+        found = input_of(lm, projection, batch)
+    assert after == []
+    with torch.no_grad(), reading(projection, lambda x, _: seen.append(x)):
+        lm.model(input_ids=batch.ids, attention_mask=batch.mask)
+    assert torch.equal(found, seen[0])
+    assert not found.requires_grad
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rows_leave_the_batch_without_changing_the_others_beyond_a_sliding_window(architecture):
+    lm, source = tiny_lm(architecture), random.Random(0)
+    prompts = [(256, *(source.randrange(256) for _ in range(n))) for n in (90, 3, 61, 70)]
+    full = generate(lm, prompts, max_new=8)
+    assert full == [generate(lm, [prompt], max_new=8)[0] for prompt in prompts]
+    limits = {tuple(row): n for row, n in zip(full, (2, 8, 5, 3), strict=True)}
+
+    def stop(written):
+        return any(len(written) >= n and list(row[: len(written)]) == written for row, n in limits.items())
+
+    for short, row in zip(generate(lm, prompts, max_new=8, stop=stop), full, strict=True):
+        assert short == row[: len(short)]
+
+
+def test_rows_that_have_ended_are_not_computed_on():
+    lm = tiny_lm()
+    prompts = [lm.tokens.encode(prompt).ids for prompt in PROMPTS]
+    rows = []
+    with reading(lm.anatomy.embedding, lambda ids, _: rows.append(ids.shape[0])):
+        generate(lm, prompts, max_new=9, stop=lambda written: len(written) == 4)
+    assert rows == [4, 4, 4, 4]
+    longest = generate(lm, prompts, max_new=9)[2]
+    rows.clear()
+    with reading(lm.anatomy.embedding, lambda ids, _: rows.append(ids.shape[0])):
+        generate(lm, prompts, max_new=9, stop=lambda written: written != longest[: len(written)])
+    assert rows == [4] + [1] * 8
+
+
+def test_an_end_token_at_once_gives_nothing_and_leaves_the_others():
+    lm = tiny_lm()
+    prompts = [lm.tokens.encode(prompt).ids for prompt in PROMPTS]
+    full = generate(lm, prompts, max_new=5)
+    end = full[0][0]
+    cut = [row[: row.index(end)] if end in row else row for row in full]
+    assert generate(lm, prompts, max_new=5, end=frozenset({end})) == cut
+    assert cut[0] == []
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "gemma2", "falcon"])
+def test_sampling_does_not_depend_on_its_batch(architecture):
+    lm = tiny_lm(architecture)
+    prompts = [lm.tokens.encode(prompt).ids for prompt in PROMPTS]
+    batched = generate(lm, prompts, max_new=8, choose=Sampler(seed=5, top_k=30))
+    assert [generate(lm, [p], max_new=8, choose=Sampler(seed=5, top_k=30))[0] for p in prompts] == batched
+
+
+def test_two_prompts_of_one_length_draw_from_streams_of_their_own():
+    logits = torch.zeros(2, 50)
+    sampler = Sampler(seed=0, top_k=50)
+    drawn = torch.stack([sampler(logits, [(1,), (2,)]) for _ in range(20)])
+    assert (drawn[:, 0] != drawn[:, 1]).sum() > 10
+
+
+def test_a_stream_goes_on_from_token_to_token():
+    sampler = Sampler(seed=0, top_k=50)
+    drawn = [sampler(torch.zeros(1, 50), [(1,)]).item() for _ in range(20)]
+    assert len(set(drawn)) > 5
+
+
+def test_samples_follow_the_distribution():
+    share, draws = torch.tensor([0.5, 0.3, 0.15, 0.05]), 4000
+    for seed in range(3):
+        sampler = Sampler(seed, top_k=4)
+        logits = (share.log() + 7).repeat(draws, 1)  # logits are log-probabilities up to a constant
+        counts = sampler(logits, [(i,) for i in range(draws)]).bincount(minlength=4)
+        chi_square = ((counts - draws * share) ** 2 / (draws * share)).sum().item()
+        assert chi_square < 21.1, f"four outcomes exceed this once in ten thousand times; drew {counts.tolist()}"
+
+
+def test_the_most_likely_token_alone_is_greedy():
+    lm = tiny_lm()
+    prompts = [lm.tokens.encode(prompt).ids for prompt in PROMPTS]
+    assert generate(lm, prompts, max_new=5, choose=Sampler(seed=9, top_k=1)) == generate(lm, prompts, max_new=5)
+
+
+def test_more_tokens_asked_for_than_there_are():
+    assert Sampler(seed=0, top_k=99)(torch.tensor([[0.0, -1e9]]), [(1,)]).tolist() == [0]
+
+
+def test_batches_go_from_short_to_long_and_equal_lengths_keep_their_order():
+    assert list(length_batches([3, 1, 3, 2], 6)) == [[1, 3], [0, 2]]
+    assert list(length_batches([])) == []
+    assert list(length_batches([9], 1)) == [[0]]
+
+
+def test_reading_is_done_without_dropout():
+    lm = tiny_lm("gpt2")
+    assert any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in lm.model.modules())
+    expected, prompt = logits_of(lm, "Rome"), lm.tokens.encode("Rome").ids
+    written, predicted = generate(lm, [prompt], max_new=5), predict(lm, texts(lm))
+    lm.model.train()
+    assert torch.equal(logits_of(lm, "Rome"), expected)
+    assert generate(lm, [prompt], max_new=5) == written
+    assert predict(lm, texts(lm)) == predicted
+    assert lm.model.training

@@ -133,31 +133,37 @@ class Anatomy:
 
         Raises AnatomyError for a mixture of experts, which has no single one.
         """
-        self.block(layer)
-        if self.layout.mlp_out is None:
+        block, path = self.block(layer), self.layout.mlp_out
+        if path is None or (not _has(block, path) and _looks_like_experts(block)):
             raise AnatomyError(
                 f"block {layer}: its MLP is a mixture of experts, without one output projection to edit.\n"
                 "  Methods that change no MLP projection still work; see the column 'needs' of: factpatch methods"
             )
-        return self._projection(layer, self.layout.mlp_out)
+        return self._projection(layer, path)
 
     def attention_out(self, layer: int) -> Projection:
         """The attention's output projection of block `layer`."""
-        self.block(layer)
         return self._projection(layer, self.layout.attention_out)
 
     def _projection(self, layer: int, path: str) -> Projection:
-        module = self.block(layer).get_submodule(path)
+        block = self.block(layer)
+        if not _has(block, path):
+            raise AnatomyError(
+                f"block {layer} ({type(block).__name__}) has no {path}, as the first blocks have.\n"
+                "  Choose another layer; see the model's parts: factpatch models show MODEL"
+            )
+        module = block.get_submodule(path)
         return Projection(module, f"{self.layout.blocks}.{layer}.{path}.weight", isinstance(module, Conv1D))
 
     def describe(self) -> dict[str, Any]:
         """What was found, JSON-ready."""
-        inner = None if self.layout.mlp_out is None else int(self.mlp_out(0).matrix.shape[1])
+        path = self.layout.mlp_out
+        dense = next((i for i, block in enumerate(self.blocks) if path and _has(block, path)), None)
         return {
             "architecture": type(self.model).__name__,
             "layers": self.n_layers,
             "hidden_size": self.hidden_size,
-            "inter_size": inner,
+            "inter_size": None if dense is None else int(self.mlp_out(dense).matrix.shape[1]),
             "vocabulary": int(self.head.weight.shape[0]),
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "tied_head": self.head.weight is self.embedding.weight,
@@ -183,17 +189,21 @@ def find_anatomy(model: nn.Module, named: Mapping[str, str] | None = None) -> An
             "  Load a causal language model, such as those of transformers' AutoModelForCausalLM."
         )
     hidden = int(head.weight.shape[1])
+    for part, path in named.items():
+        _check_named(model, part, path, named)
     blocks = named.get("blocks") or _find_blocks(model)
-    block = next(model.get_submodule(blocks).children())
-    where = f"block 0 ({type(block).__name__})"
-    attention = named.get("attention") or _find_attention(block, where)
-    attention_out = named.get("attention_out") or _last_onto(block.get_submodule(attention), attention, hidden)
+    stack = list(model.get_submodule(blocks).children())
+    where = f"block 0 ({type(stack[0]).__name__})"
+    attention = named.get("attention") or _find_attention(stack[0], where)
+    attention_out = named.get("attention_out") or _last_onto(stack[0].get_submodule(attention), attention, hidden)
     if attention_out is None:
-        raise _no_projection(where, attention, hidden, block.get_submodule(attention), "attention_out")
-    mlp_out = named.get("mlp_out") or _last_onto(block, "", hidden, but=attention)
-    moe = mlp_out is None and _looks_like_experts(block)
+        raise _no_projection(where, attention, hidden, stack[0].get_submodule(attention), "attention_out")
+    # Some mixtures of experts have dense blocks among them, first or elsewhere.
+    found = (_last_onto(block, "", hidden, but=attention) for block in stack)
+    mlp_out = named.get("mlp_out") or next((path for path in found if path), None)
+    moe = any(_looks_like_experts(block) for block in stack if mlp_out is None or not _has(block, mlp_out))
     if mlp_out is None and not moe:
-        raise _no_projection(where, "the block outside its attention", hidden, block, "mlp_out")
+        raise _no_projection(where, "the block outside its attention", hidden, stack[0], "mlp_out")
     mlp = named.get("mlp", mlp_out.rpartition(".")[0] if mlp_out else "mlp")
     layout = Layout(
         blocks, attention, attention_out, mlp, mlp_out, named.get("final_norm") or _find_norm(model, blocks)
@@ -205,6 +215,30 @@ def find_anatomy(model: nn.Module, named: Mapping[str, str] | None = None) -> An
             "  The library that defines it may have changed; name the parts yourself: load(..., anatomy={...})"
         )
     return Anatomy(model, layout, moe)
+
+
+def _check_named(model: nn.Module, part: str, path: str, named: Mapping[str, str]) -> None:
+    """Raise AnatomyError if a part the user named is nowhere: below the model, or below any block."""
+    if part in ("blocks", "final_norm"):
+        below, roots = type(model).__name__, [model]
+    else:
+        blocks = named.get("blocks") or _find_blocks(model)
+        below, roots = f"any of {blocks}", list(model.get_submodule(blocks).children())
+    if not any(_has(root, path) for root in roots) or (
+        part == "blocks" and not any(model.get_submodule(path).children())
+    ):
+        raise AnatomyError(
+            f'there is no "{path}" in {below}, which was named as its {part}.\n'
+            "  Give the path that named_modules() lists; parts of a block are named below the block."
+        )
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    try:
+        module.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
 
 
 def _find_blocks(model: nn.Module) -> str:

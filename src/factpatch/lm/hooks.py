@@ -18,6 +18,12 @@ class _Reached(Exception):
     """The forward pass has gone far enough."""
 
 
+def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden state a module was called with: attention is given it by name in most architectures."""
+    given: Tensor = args[0] if args else kwargs["hidden_states"]
+    return given
+
+
 def _hidden(value: Any) -> Tensor:
     hidden: Tensor = value[0] if isinstance(value, tuple) else value
     return hidden
@@ -33,7 +39,9 @@ def reading(module: nn.Module, see: Callable[[Tensor, Tensor], None]) -> Iterato
 
     Take from them at once what is wanted: some blocks go on to add to the very tensor they were given.
     """
-    handle = module.register_forward_hook(lambda _, args, out: see(args[0], _hidden(out)))
+    handle = module.register_forward_hook(
+        lambda _, args, kwargs, out: see(_given(args, kwargs), _hidden(out)), with_kwargs=True
+    )
     try:
         yield
     finally:
@@ -43,7 +51,9 @@ def reading(module: nn.Module, see: Callable[[Tensor, Tensor], None]) -> Iterato
 @contextmanager
 def replacing_output(module: nn.Module, new: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
     """Let `new(input, output)` stand for the module's output."""
-    handle = module.register_forward_hook(lambda _, args, out: _with_hidden(out, new(args[0], _hidden(out))))
+    handle = module.register_forward_hook(
+        lambda _, args, kwargs, out: _with_hidden(out, new(_given(args, kwargs), _hidden(out))), with_kwargs=True
+    )
     try:
         yield
     finally:

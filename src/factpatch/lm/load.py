@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -43,9 +43,10 @@ def load(
     progress("Loading the model", 0, 1)
     try:
         with without_bars():
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=kind)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=kind, output_loading_info=True)
+            model, found = loaded
             tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # each reader of configs, weights and tokenizers raises kinds of its own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnknownModel(
             f'"{source}": no model could be loaded from there ({reason}).\n'
@@ -53,6 +54,12 @@ def load(
             f"file, or the id of a model on the Hugging Face hub.{did_you_mean(str(source), CATALOG)}"
         ) from error
     assert isinstance(model, PreTrainedModel)
+    if found["missing_keys"]:
+        names = sorted(found["missing_keys"])
+        raise UnknownModel(
+            f'"{source}": {len(names)} weights are missing from the checkpoint (such as {names[0]}).\n'
+            "  Expected a whole checkpoint; with random weights in their place nothing it says would count. Fetch it again."
+        )
     model.to(device=place)  # type: ignore[call-arg]
     model.train(mode=False)
     progress("Loading the model", 1, 1)
@@ -60,14 +67,14 @@ def load(
 
 
 def _device(named: str | torch.device | None) -> torch.device:
-    has_gpu = torch.cuda.is_available()
+    here = ["cpu", *(["cuda"] if torch.cuda.is_available() else []), *(["mps"] if torch.mps.is_available() else [])]
     try:
-        place = torch.device(named or ("cuda" if has_gpu else "cpu"))
+        place = torch.device(named or ("cuda" if "cuda" in here else "cpu"))
     except RuntimeError:
         place = None
-    if place is None or (place.type == "cuda" and not has_gpu):
+    if place is None or place.type not in here:
         raise UnknownDevice(
-            f'device "{named}": not here; this machine has cpu{" and cuda" if has_gpu else " alone"}.\n'
+            f'device "{named}": not here; this machine has {" and ".join(here) if here[1:] else "cpu alone"}.\n'
             "  Leave the device out to have the best one chosen."
         )
     return place
@@ -75,6 +82,8 @@ def _device(named: str | torch.device | None) -> torch.device:
 
 def _locate(source: str, progress: Progress) -> str:
     """A folder or hub id that transformers understands."""
+    if not source.strip():
+        raise UnknownModel("the model's name is empty.\n  See the short names: factpatch models")
     if source in CATALOG:
         return str(ensure(CATALOG[source], progress))
     path = Path(source).expanduser()

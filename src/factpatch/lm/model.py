@@ -67,7 +67,7 @@ class LM:
 
     @cached_property
     def fingerprint(self) -> str:
-        """The base model's fingerprint: the same with and without patches, and in every dtype.
+        """The base model's fingerprint: the same with and without patches, in float32 and in bfloat16.
 
         It is taken once, at the latest before the first patch is laid on. Changing weights by other means than
         patches after that goes unnoticed.
@@ -118,7 +118,8 @@ class LM:
             yield self
         finally:
             for patch in reversed(laid):
-                self.remove(patch)
+                if any(p is patch for p in self.patches):  # it may have been taken off inside
+                    self.remove(patch)
 
     @contextmanager
     def unpatched(self) -> Iterator[LM]:

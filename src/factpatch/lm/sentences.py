@@ -6,10 +6,15 @@ import re
 
 __all__ = ["first_sentence", "has_ended"]
 
-_STOP = re.compile(r"(?P<word>\S*)[.!?]+[\"')\]]*(?=\s)")
-_INITIALS = re.compile(r"(?:[a-z]\.)*[a-z]")
+_CLOSERS = r"\"'”’»)\]」』）"
+_STOP = re.compile(
+    rf"(?P<word>[^\s。！？]*)[.!?]+[{_CLOSERS}]*(?=\s)"
+    rf"|[。！？][.!?。！？{_CLOSERS}]*(?=[^.!?。！？{_CLOSERS}])"  # no white space follows in Chinese and Japanese
+)
+_INITIALS = re.compile(r"(?:[^\W\d_]\.)*[^\W\d_]")
+_NUMBER = re.compile(r"\s*(\d|$)")
 _ABBREVIATIONS = frozenset(
-    "dr mr mrs ms st mt ft jr sr prof gen col sgt no vs etc inc ltd co u.s u.k e.g i.e".split()  # noqa: SIM905
+    "dr mr mrs ms st mt ft jr sr prof gen col sgt vs etc inc ltd co u.s u.k e.g i.e".split()  # noqa: SIM905
 )
 
 
@@ -31,8 +36,11 @@ def first_sentence(text: str) -> str:
 def _end(text: str) -> int | None:
     line = text.find("\n")
     for match in _STOP.finditer(text if line < 0 else text[: line + 1]):
-        word = match["word"].lower().strip("\"'([")
+        if match["word"] is None:
+            return match.end()
+        word = match["word"].lower().strip("\"'“‘«([")
         list_number = match.start() == 0 and word.isdigit()
-        if word and not list_number and word not in _ABBREVIATIONS and not _INITIALS.fullmatch(word):
+        numero = word == "no" and _NUMBER.match(text, match.end())
+        if word and not (list_number or numero or word in _ABBREVIATIONS or _INITIALS.fullmatch(word)):
             return match.end()
     return line if line >= 0 else None

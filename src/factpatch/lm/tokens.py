@@ -22,6 +22,9 @@ from factpatch.errors import TokenizerError
 
 __all__ = ["Encoded", "Tokens"]
 
+_MARK = "\ue000"
+"""A letter for private use: no template has it in its own text."""
+
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
@@ -92,15 +95,41 @@ class Tokens:
         first = next((i for i, (_, end) in enumerate(spans) if end > len(text)), len(ids))
         if target and first == len(ids):
             raise TokenizerError(f'the target "{target}" leaves no tokens after the prompt "{prompt}".')
-        return Encoded(
-            ids, first, None if subject is None else _subject_end(text, body, prompt, subject, spans[:first])
-        )
+        if target and not first:
+            raise TokenizerError(
+                f'nothing stands before the target "{target}", so the model cannot predict its first token.\n'
+                "  Write a prompt; this tokenizer puts no token of its own in front."
+            )
+        if subject is None:
+            return Encoded(ids, first)
+        shift, at = self._shift(text, body, chat=chat), prompt.rfind(subject)
+        if shift is None or at < 0:
+            raise TokenizerError(
+                f'the subject "{subject}" is not in the prompt "{prompt}" as the model is given it.\n'
+                "  Write the subject letter for letter as it stands in the prompt."
+            )
+        start = shift + len(prefix) + at
+        overlapping = [i for i, (a, b) in enumerate(spans[:first]) if a < start + len(subject) and b > start and a < b]
+        if not overlapping:
+            raise TokenizerError(f'the subject "{subject}" leaves no token of its own in "{prompt}".')
+        return Encoded(ids, first, overlapping[-1])
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of these tokens, special ones left out."""
         text = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text
+
+    def _shift(self, text: str, body: str, *, chat: bool) -> int | None:
+        """What to add to a place in what the user says to have it in the text; None if it does not stand there.
+
+        A template frames what the user says, and may strip white space off its ends.
+        """
+        if not chat:
+            return 0
+        before, _, after = self.render(_MARK, chat=True).partition(_MARK)
+        said = text[len(before) : len(text) - len(after)]
+        return len(before) - body.find(said) if said.strip() and said in body else None
 
     def _offsets(self, text: str, *, add_special: bool) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
         coded = self.tokenizer(
@@ -111,18 +140,3 @@ class Tokens:
         while ids and coded["special_tokens_mask"][len(ids) - 1] and spans[len(ids) - 1][1] < len(text):
             ids.pop()
         return tuple(ids), spans[: len(ids)]
-
-
-def _subject_end(text: str, body: str, prompt: str, subject: str, spans: Sequence[tuple[int, int]]) -> int:
-    body_start, in_prompt = text.rfind(body), prompt.rfind(subject)
-    if body_start < 0 or in_prompt < 0:
-        raise TokenizerError(
-            f'the subject "{subject}" is not in the prompt "{prompt}" as the model is given it.\n'
-            "  Write the subject letter for letter as it stands in the prompt."
-        )
-    start = body_start + len(body) - len(prompt) + in_prompt
-    end = start + len(subject)
-    overlapping = [i for i, (a, b) in enumerate(spans) if a < end and b > start and a < b]
-    if not overlapping:
-        raise TokenizerError(f'the subject "{subject}" leaves no token of its own in "{prompt}".')
-    return overlapping[-1]
