@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
-__all__ = ["Progress", "silent"]
+__all__ = ["Progress", "part", "silent"]
 
 
 @runtime_checkable
@@ -17,3 +17,12 @@ class Progress(Protocol):
 
 def silent(doing: str, done: int, total: int | None) -> None:
     """Tell nobody."""
+
+
+def part(progress: Progress, index: int, count: int) -> Progress:
+    """What reports on one of `count` equal parts of a longer piece of work."""
+
+    def report(doing: str, done: int, total: int | None) -> None:
+        progress(doing, done if total is None else index * total + done, None if total is None else count * total)
+
+    return report

@@ -5,9 +5,9 @@ import torch
 
 from factpatch.errors import BadConfig, SingularMoment
 from factpatch.methods import create
-from factpatch.methods.keys import context_prefixes, subject_keys, subject_texts
+from factpatch.methods.insertion import insert
+from factpatch.methods.keys import context_keys, context_prefixes
 from factpatch.methods.moments import MomentConfig, factorised, second_moment
-from factpatch.methods.rome import insert
 from factpatch.methods.values import ValueConfig, target_values
 from factpatch.progress import silent
 from factpatch.testing import ARCHITECTURES, tiny_edits, tiny_lm
@@ -16,11 +16,16 @@ from tests.reference import plain
 PREFIXES = ("", "Some time ago. ", "As it is. ")
 
 
+def values(lm, edits, layer, prefixes, config):
+    """ROME's: of the MLP's output at one block."""
+    return target_values(lm, edits, lm.anatomy.mlp_out(layer).module, layer, prefixes, config, silent)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_value_equals_plain_optimisation(architecture):
     lm, (edit, _) = tiny_lm(architecture), tiny_edits()
     config = ValueConfig(steps=6, stop_loss=0, weight_decay=0.5, clamp=3.0, kl_factor=8.0)
-    (value,) = target_values(lm, [edit], 1, PREFIXES, config, silent)
+    (value,) = values(lm, [edit], 1, PREFIXES, config)
     module = lm.anatomy.mlp_out(1).module
     old, delta = plain.optimise_value(
         lm, module, edit, PREFIXES, lr=0.5, steps=6, kl_factor=8.0, weight_decay=0.5, clamp=3.0
@@ -34,22 +39,22 @@ def test_value_equals_plain_optimisation(architecture):
 def test_values_in_a_batch_equal_values_one_by_one():
     lm, edits = tiny_lm(), tiny_edits()
     config = ValueConfig(steps=8, stop_loss=5.5, clamp=2.0)
-    together = target_values(lm, edits, 0, PREFIXES, config, silent)
+    together = values(lm, edits, 0, PREFIXES, config)
     for edit, value in zip(edits, together, strict=True):
-        (alone,) = target_values(lm, [edit], 0, PREFIXES, config, silent)
+        (alone,) = values(lm, [edit], 0, PREFIXES, config)
         torch.testing.assert_close(value.delta, alone.delta, rtol=1e-2, atol=1e-3)
         assert len(value.losses) == len(alone.losses)
 
 
 def test_clamp_bounds_the_change():
     lm, edits = tiny_lm(), tiny_edits()
-    for value in target_values(lm, edits, 0, PREFIXES, ValueConfig(steps=10, clamp=0.5, stop_loss=0), silent):
+    for value in values(lm, edits, 0, PREFIXES, ValueConfig(steps=10, clamp=0.5, stop_loss=0)):
         assert value.delta.norm() == pytest.approx(0.5 * value.old.norm().item(), rel=1e-4)
 
 
 def test_the_loss_falls():
     lm, (edit, _) = tiny_lm(), tiny_edits()
-    (value,) = target_values(lm, [edit], 0, ("",), ValueConfig(steps=25, clamp=100), silent)
+    (value,) = values(lm, [edit], 0, ("",), ValueConfig(steps=25, clamp=100))
     assert value.losses[-1] < value.losses[0] - 0.1
 
 
@@ -61,7 +66,7 @@ def test_insert_equals_the_dense_solution(direction_differs):
     k, v = torch.randn(7, generator=generator), torch.randn(5, generator=generator)
     d = k + 0.3 * torch.randn(7, generator=generator) if direction_differs else k
     C = keys.T @ keys / 40
-    change = insert(v - W @ k, k, d, factorised(C, 1e-12))
+    change = insert((v - W @ k)[:, None], k[:, None], factorised(C, 1e-12), directions=d[:, None])
     expected = plain.rank_one_insert(W, k, v, C, d)
     torch.testing.assert_close(W.double() + change.full().double(), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close((W + change.full()) @ k, v, rtol=1e-4, atol=1e-4)
@@ -76,7 +81,7 @@ def test_insert_is_the_smallest_change_in_the_metric_of_c():
     )
     keys = torch.randn(50, 6, generator=generator) * torch.linspace(0.2, 3, 6)
     C = keys.T @ keys / 50
-    change = insert(v - W @ k, k, k, factorised(C, 1e-12)).full()
+    change = insert((v - W @ k)[:, None], k[:, None], factorised(C, 1e-12)).full()
 
     def cost(delta):
         return torch.trace(delta @ C @ delta.T)
@@ -160,9 +165,9 @@ def test_rome_inserts_the_pair_it_promises(architecture):
         method = create(name, settings)
         patch = method.fit(lm, [edit])
         prefixes = context_prefixes(lm, 4, 0)
-        keys = subject_keys(lm, 1, subject_texts(lm, edit, prefixes, target=False, chat=False))
+        keys = context_keys(lm, 1, [edit], prefixes, chat=False)[0]
         key = keys.mean(0) if name == "r-rome" else keys[0]
-        (value,) = target_values(lm, [edit], 1, prefixes, method.config, silent)
+        (value,) = values(lm, [edit], 1, prefixes, method.config)
         projection = lm.anatomy.mlp_out(1)
         with lm.patched(patch), torch.no_grad():
             output = projection.apply(projection.matrix, key)

@@ -80,51 +80,115 @@ def rank_one_insert(W, k, v, C, direction=None):
     return W + torch.outer(v - W @ k, u) / (u @ k)
 
 
-def optimise_value(lm, module, edit, prefixes, *, lr, steps, kl_factor, weight_decay, clamp):
-    """ROME, equation 4, in the form of its release; returns the old output and the change.
+def optimise_value(lm, module, edit, prefixes, *, lr, steps, kl_factor, weight_decay, clamp, beside=()):
+    """ROME, equation 4, in the form of its release; returns the old output of `module` and the change.
 
-    One prompt at a time through the whole model.
+    One prompt at a time through the whole model. Modules in `beside` get changes of their own.
     """
     texts = [(prefix + edit.prompt, edit.target) for prefix in prefixes]
     essence = f"{edit.subject} is a"
-    outputs = []
-    handle = module.register_forward_hook(lambda _, __, out: outputs.append(out.detach().clone()))
+    modules = [module, *beside]
+    at_bare, length = subject_end(lm, edit.prompt, edit.subject), encode(lm, edit.prompt)[0].shape[1]
+    old = [output_at(lm.model, m, encode(lm, edit.prompt)[0], at_bare).float() for m in modules]
+    assert length > at_bare
     with torch.no_grad():
-        bare = lm.model(encode(lm, edit.prompt)[0])
         plain = lm.model(encode(lm, essence)[0]).logits[0, -1].float().log_softmax(-1)
-    handle.remove()
-    del bare
-    length = encode(lm, edit.prompt)[0].shape[1]
-    old = outputs[0].reshape(1, length, -1)[0, subject_end(lm, edit.prompt, edit.subject)].float()
-    delta = torch.zeros_like(old, requires_grad=True)
-    optimiser = torch.optim.Adam([delta], lr=lr)
+    deltas = [torch.zeros_like(value, requires_grad=True) for value in old]
+    optimiser = torch.optim.Adam(deltas, lr=lr)
 
-    def with_delta(ids, at):
-        def add(_, __, out):
-            grid = out.reshape(1, ids.shape[1], -1).clone()
-            grid[0, at] += delta
-            return grid.reshape(out.shape)
+    def with_deltas(ids, at):
+        def adding(delta):
+            def add(_, __, out):
+                hidden = out[0] if isinstance(out, tuple) else out
+                grid = hidden.reshape(1, ids.shape[1], -1).clone()
+                grid[0, at] += delta
+                grid = grid.reshape(hidden.shape)
+                return (grid, *out[1:]) if isinstance(out, tuple) else grid
 
-        hook = module.register_forward_hook(add)
+            return add
+
+        hooks = [m.register_forward_hook(adding(delta)) for m, delta in zip(modules, deltas, strict=True)]
         logits = lm.model(ids).logits[0].float()
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         return logits.log_softmax(-1)
 
     for _ in range(steps - 1):  # the last of `steps` evaluations only measures the loss
         nll = 0.0
         for prompt, target in texts:
             ids, n = encode(lm, prompt, target)
-            logprobs = with_delta(ids, subject_end(lm, prompt, edit.subject))
+            logprobs = with_deltas(ids, subject_end(lm, prompt, edit.subject))
             nll = nll - torch.stack([logprobs[i - 1, ids[0, i]] for i in range(n, ids.shape[1])]).mean() / len(texts)
-        changed = with_delta(encode(lm, essence)[0], subject_end(lm, essence, edit.subject))[-1]
+        changed = with_deltas(encode(lm, essence)[0], subject_end(lm, essence, edit.subject))[-1]
         kl = (plain.exp() * (plain - changed)).sum()
-        loss = nll + kl_factor * kl + weight_decay * delta.norm() / old.norm() ** 2
-        (delta.grad,) = torch.autograd.grad(loss, [delta])
+        loss = nll + kl_factor * kl
+        for delta, value in zip(deltas, old, strict=True):
+            loss = loss + weight_decay * delta.norm() / value.norm() ** 2
+        for delta, gradient in zip(deltas, torch.autograd.grad(loss, deltas), strict=True):
+            delta.grad = gradient
         optimiser.step()
         with torch.no_grad():
-            if delta.norm() > clamp * old.norm():
-                delta.mul_(clamp * old.norm() / delta.norm())
-    return old, delta.detach()
+            for delta, value in zip(deltas, old, strict=True):
+                if delta.norm() > clamp * value.norm():
+                    delta.mul_(clamp * value.norm() / delta.norm())
+    return old[0], deltas[0].detach()
+
+
+def output_at(model, module, ids, at):
+    """What a module puts out at one position of one text."""
+    seen = []
+
+    def see(_, __, out):
+        hidden = out[0] if isinstance(out, tuple) else out
+        seen.append(hidden.detach().clone().reshape(1, ids.shape[1], -1)[0, at])
+
+    handle = module.register_forward_hook(see)
+    with torch.no_grad():
+        model(ids)
+    handle.remove()
+    return seen[0]
+
+
+def input_at(model, module, ids, at):
+    """What a module reads at one position of one text."""
+    seen = []
+    handle = module.register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].detach().clone().reshape(1, ids.shape[1], -1)[0, at])
+    )
+    with torch.no_grad():
+        model(ids)
+    handle.remove()
+    return seen[0]
+
+
+def spread(lm, edits, layers, sites, prefixes, metrics, *, prior, share, **search):
+    """MEMIT, algorithm 1, on the model itself, which is put back; the change of each block, in float64."""
+    goals = []
+    for edit in edits:
+        old, delta = optimise_value(lm, sites[0], edit, prefixes, beside=sites[1:], **search)
+        goals.append((old + delta).double())
+    kept, changes = {}, []
+    for i, layer in enumerate(layers):
+        projection = lm.anatomy.mlp_out(layer)
+        residuals, keys = [], []
+        for edit, goal in zip(edits, goals, strict=True):
+            at = subject_end(lm, edit.prompt, edit.subject)
+            now = output_at(lm.model, sites[0], encode(lm, edit.prompt)[0], at).double()
+            residuals.append((goal - now) * share(len(layers) - i))
+            own = [
+                input_at(lm.model, projection.module, encode(lm, p + edit.prompt)[0], len(p.encode()) + at).double()
+                for p in prefixes
+            ]
+            keys.append(sum(own) / len(own))
+        R, K = torch.stack(residuals, 1), torch.stack(keys, 1)
+        changes.append(R @ K.T @ torch.linalg.inv(prior * metrics[i].double() + K @ K.T))
+        weight = projection.module.weight
+        kept[layer] = weight.data
+        step = changes[-1].T if projection.transposed else changes[-1]
+        weight.data = (weight.double() + step).to(weight.dtype)
+    for layer, data in kept.items():
+        lm.anatomy.mlp_out(layer).module.weight.data = data
+    return changes
 
 
 def ngram_entropy(tokens, n):

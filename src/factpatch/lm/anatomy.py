@@ -67,14 +67,10 @@ class Projection:
         assert isinstance(weight, Tensor)
         return weight.T if self.transposed else weight
 
-    def as_stored(self, matrix: Float[Tensor, "out in"]) -> Tensor:
-        """A matrix of `W`'s shape, turned the way the parameter is stored."""
-        return matrix.T if self.transposed else matrix
-
     def apply(self, matrix: Float[Tensor, "out in"], x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """`y = W x + b` with `matrix` in place of `W`."""
         bias = getattr(self.module, "bias", None)
-        return nn.functional.linear(x, matrix, bias if isinstance(bias, Tensor) else None)
+        return nn.functional.linear(x, matrix, bias.to(x.dtype) if isinstance(bias, Tensor) else None)
 
 
 @dataclass(frozen=True)
@@ -140,6 +136,20 @@ class Anatomy:
                 "  Methods that change no MLP projection still work; see the column 'needs' of: factpatch methods"
             )
         return self._projection(layer, path)
+
+    def mlp_in(self, layer: int) -> tuple[Projection, ...]:
+        """The maps from the residual stream into the MLP of block `layer`: one, or a gate beside it.
+
+        Raises AnatomyError for a mixture of experts.
+        """
+        out = self.mlp_out(layer)
+        attention = f"{self.layout.attention}."
+        found = [
+            self._projection(layer, name)
+            for name, width, _ in _linear_maps(self.block(layer))
+            if width == self.hidden_size and not name.startswith(attention) and "expert" not in name
+        ]
+        return tuple(projection for projection in found if projection.module is not out.module)
 
     def attention_out(self, layer: int) -> Projection:
         """The attention's output projection of block `layer`."""

@@ -33,6 +33,7 @@ __all__ = [
     "input_of",
     "length_batches",
     "logits_at",
+    "output_of",
     "predict",
 ]
 
@@ -105,10 +106,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @torch.no_grad()
 def input_of(lm: Runnable, module: nn.Module, batch: Batch) -> Float[Tensor, "batch seq width"]:
     """What a module reads, everywhere in the batch; the model runs no further than that."""
+    return _seen_at(lm, module, batch)[0]
+
+
+@torch.no_grad()
+def output_of(lm: Runnable, module: nn.Module, batch: Batch) -> Float[Tensor, "batch seq width"]:
+    """What a module puts out, everywhere in the batch; the model runs no further than that."""
+    return _seen_at(lm, module, batch)[1]
+
+
+def _seen_at(lm: Runnable, module: nn.Module, batch: Batch) -> list[Tensor]:
+    # Copied, because some blocks go on to add to the very tensor they were given.
     seen: list[Tensor] = []
-    with evaluating(lm.model), reading(module, lambda x, _: seen.append(x)), until(module):
+    with evaluating(lm.model), reading(module, lambda x, out: seen.extend((x, out.clone()))), until(module):
         lm.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
-    return seen[0].reshape(*batch.ids.shape, -1)  # some blocks flatten the first two axes
+    return [tensor.reshape(*batch.ids.shape, -1) for tensor in seen]  # some blocks flatten the first two axes
 
 
 def logits_at(lm: Runnable, batch: Batch, places: Places) -> Float[Tensor, "reads vocab"]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, ValidationError
 
 from factpatch.edits import KINDS, Edit, EditKind, first_problem
 from factpatch.errors import BadConfig, CannotEdit, did_you_mean
@@ -18,7 +18,16 @@ from factpatch.lm import LM
 from factpatch.patches import Patch, Provenance
 from factpatch.progress import Progress, silent
 
-__all__ = ["Config", "Method", "Preset", "Traits"]
+__all__ = ["Config", "Layers", "Method", "Preset", "Traits"]
+
+
+def _split(value: Any) -> Any:
+    """Several values as a command line writes them, such as `4,5,6`."""
+    return value.strip("[]() ").split(",") if isinstance(value, str) else value
+
+
+Layers = Annotated[tuple[NonNegativeInt, ...], BeforeValidator(_split), Field(min_length=1)]
+"""Numbers of blocks."""
 
 
 class Config(BaseModel):

@@ -1,30 +1,31 @@
-"""Fine-tuning of one matrix, the MLP output projection of one block: FT-L and FT-M. They differ in the loss alone.
+"""Fine-tuning of one matrix, the MLP output projection of one block: FT-L, FT-M and FT-BF.
 
-FT-L  Zhu et al. 2020 (arXiv 2012.00363), as ROME (arXiv 2202.05262) and EasyEdit run it for a baseline
-FT-M  the survey, Zhang et al. 2024 (arXiv 2401.01286)
+FT-L   Zhu et al. 2020 (arXiv 2012.00363), as ROME (arXiv 2202.05262) and EasyEdit run it for a baseline
+FT-M   the survey, Zhang et al. 2024 (arXiv 2401.01286)
+FT-BF  "Fine-tuning done right in model editing", 2025 (arXiv 2509.22072): breadth first, earlier edits rehearsed
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
+import random
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Generic, TypeVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from factpatch.edits import Edit
 from factpatch.lm import LM
 from factpatch.lm.hooks import replacing_output
-from factpatch.lm.run import Batch, Places, UpperRun
-from factpatch.lm.tokens import Encoded
 from factpatch.methods.base import Config, Method, Preset, Traits
+from factpatch.methods.targets import TargetBatch, with_targets
 from factpatch.patches import Dense, WeightPatch
 from factpatch.progress import Progress
 
-__all__ = ["FtConfig", "FtL", "FtM"]
+__all__ = ["FtBf", "FtBfConfig", "FtConfig", "FtL", "FtM"]
 
 
 class FtConfig(Config):
@@ -38,31 +39,27 @@ class FtConfig(Config):
     batch_size: PositiveInt = Field(default=32, description="edits in one step of Adam")
 
 
-class _Batch:
-    """Some edits, ready to be run again and again from the edited block on."""
+class FtBfConfig(FtConfig):
+    """Settings of FT-BF."""
 
-    def __init__(self, lm: LM, layer: int, texts: Sequence[Encoded], reads: Sequence[Sequence[int]]) -> None:
-        batch = Batch.of([text.ids for text in texts], lm.device)
-        self.upper = UpperRun(lm, batch, layer)
-        self.places = Places.of(reads, lm.device)
-        self.target = torch.tensor([t for text in texts for t in text.target_ids], device=lm.device)
-        self.edits = len(texts)
-
-    def target_nll(self) -> tuple[Float[Tensor, " targets"], Int[Tensor, " targets"]]:
-        """`-log p` of each target token, in nats, and the edit it belongs to."""
-        logprobs = self.upper.logits_at(self.places).log_softmax(-1)
-        return -logprobs.gather(-1, self.target[:, None])[:, 0], self.places.rows
+    batch_size: PositiveInt = Field(default=8, description="edits in one step of Adam")
+    steps: PositiveInt = Field(default=60, description="passes over all edits, at most")
+    stop_loss: NonNegativeFloat = Field(default=0.1, description="stop once the mean loss is below this, in nats")
 
 
-class _FineTuning(Method[FtConfig]):
-    config_type = FtConfig
+C = TypeVar("C", bound=FtConfig)
 
-    def make(self, lm: LM, edits: tuple[Edit, ...], config: FtConfig, progress: Progress) -> WeightPatch:
+
+class _FineTuning(Method[C], Generic[C]):
+    def make(self, lm: LM, edits: tuple[Edit, ...], config: C, progress: Progress) -> WeightPatch:
         """Train a copy of the one matrix; the model's own stays in place."""
         layer = round(lm.anatomy.n_layers * 2 / 3) if config.layer is None else config.layer
         projection = lm.anatomy.mlp_out(layer)
-        groups = [edits[i : i + config.batch_size] for i in range(0, len(edits), config.batch_size)]
-        batches = [self.batch(lm, layer, group, config) for group in groups]
+        learnt = self.learnt(lm, edits, config)
+        batches = [
+            self.batch(lm, layer, learnt[i : i + config.batch_size], config)
+            for i in range(0, len(learnt), config.batch_size)
+        ]
         old = projection.matrix.detach().float()
         new = old.clone().requires_grad_()
         optimiser = torch.optim.Adam([new], lr=config.lr)
@@ -73,36 +70,45 @@ class _FineTuning(Method[FtConfig]):
         ):
             for step in range(config.steps):
                 progress(f"Fine-tuning block {layer}", step, config.steps)
-                total = 0.0
+                total, finished = 0.0, True
                 for batch in batches:
-                    loss = self.loss(batch)
-                    total += loss.item() * batch.edits / len(edits)
-                    if loss.item() < config.stop_loss:
+                    loss, correct = self.loss(batch)
+                    total += loss.item() * batch.texts / len(learnt)
+                    if self.is_learnt(loss, correct, config):
                         continue
+                    finished = False
                     (new.grad,) = torch.autograd.grad(loss, [new])
                     optimiser.step()
                     if config.clamp is not None:
                         with torch.no_grad():
                             new.clamp_(old - config.clamp, old + config.clamp)
                 losses.append(total)
-                if total < config.stop_loss:
+                if finished:
                     break
         progress(f"Fine-tuning block {layer}", config.steps, config.steps)
-        delta = Dense(projection.as_stored(new.detach() - old).contiguous())
         settled = config.model_copy(update={"layer": layer})
         note = {"steps": len(losses), "first_loss": round(losses[0], 6), "last_loss": round(losses[-1], 6)}
-        return WeightPatch(self.provenance(lm, settled, edits, [note]), {projection.parameter: delta})
+        return WeightPatch.of(self.provenance(lm, settled, edits, [note]), {projection: Dense(new.detach() - old)})
 
-    @abstractmethod
-    def batch(self, lm: LM, layer: int, edits: Sequence[Edit], config: FtConfig) -> _Batch:
-        """What the model reads, and where its predictions are read."""
+    def learnt(self, lm: LM, edits: tuple[Edit, ...], config: C) -> tuple[Edit, ...]:  # noqa: ARG002
+        """The edits to train on, in the order in which they are cut into batches."""
+        return edits
 
-    @abstractmethod
-    def loss(self, batch: _Batch) -> Float[Tensor, ""]:
-        """Mean over edits, in nats."""
+    def batch(self, lm: LM, layer: int, edits: Sequence[Edit], config: C) -> TargetBatch:
+        """What the model reads, and where its predictions are read: prompt and target, before each target token."""
+        return TargetBatch(lm, with_targets(lm, edits, chat=config.chat), layer)
+
+    def loss(self, batch: TargetBatch) -> tuple[Float[Tensor, ""], Bool[Tensor, " texts"]]:
+        """The mean over edits, in nats; and which of them are predicted as they should be."""
+        nll, correct = batch.nll_and_correct()
+        return nll.mean(), correct
+
+    def is_learnt(self, loss: Float[Tensor, ""], correct: Bool[Tensor, " texts"], config: C) -> bool:  # noqa: ARG002
+        """Whether a batch needs no further step for now."""
+        return loss.item() < config.stop_loss
 
 
-class FtL(_FineTuning):
+class FtL(_FineTuning[FtConfig]):
     """FT-L: one MLP matrix, every target token predicted from the prompt's last position.
 
     `L = -sum_t log p(o_t | p)`, without the target's earlier tokens in sight. This asks one position for several tokens
@@ -110,6 +116,7 @@ class FtL(_FineTuning):
     """
 
     name = "ft-l"
+    config_type = FtConfig
     traits = Traits(
         family="fine-tuning",
         phase="mastery",
@@ -119,25 +126,25 @@ class FtL(_FineTuning):
         needs="MLP output projection",
     )
 
-    def batch(self, lm: LM, layer: int, edits: Sequence[Edit], config: FtConfig) -> _Batch:
+    def batch(self, lm: LM, layer: int, edits: Sequence[Edit], config: FtConfig) -> TargetBatch:
         """The prompt alone, read at its last position once for each target token."""
-        texts = [lm.tokens.encode(edit.prompt, edit.target, chat=config.chat) for edit in edits]
-        reads = [[text.target - 1] * len(text.target_ids) for text in texts]
-        return _Batch(lm, layer, texts, reads)
+        texts = with_targets(lm, edits, chat=config.chat)
+        return TargetBatch(lm, texts, layer, [[text.target - 1] * len(text.target_ids) for text in texts])
 
-    def loss(self, batch: _Batch) -> Float[Tensor, ""]:
+    def loss(self, batch: TargetBatch) -> tuple[Float[Tensor, ""], Bool[Tensor, " texts"]]:
         """Sum over target tokens, mean over edits."""
-        nll, _ = batch.target_nll()
-        return nll.sum() / batch.edits
+        nll = batch.token_nll()
+        return nll.sum() / batch.texts, torch.zeros(batch.texts, dtype=torch.bool)
 
 
-class FtM(_FineTuning):
+class FtM(_FineTuning[FtConfig]):
     """FT-M: one MLP matrix, the ordinary loss of the target with the prompt masked.
 
     `L = -(1/T) sum_t log p(o_t | p, o_<t)`.
     """
 
     name = "ft-m"
+    config_type = FtConfig
     traits = replace(FtL.traits, paper="Zhang et al. 2024 (the survey), arXiv 2401.01286")
     presets = (
         Preset(
@@ -147,14 +154,29 @@ class FtM(_FineTuning):
         ),
     )
 
-    def batch(self, lm: LM, layer: int, edits: Sequence[Edit], config: FtConfig) -> _Batch:
-        """Prompt and target, read before each target token."""
-        texts = [lm.tokens.encode(edit.prompt, edit.target, chat=config.chat) for edit in edits]
-        reads = [range(text.target - 1, len(text.ids) - 1) for text in texts]
-        return _Batch(lm, layer, texts, reads)
 
-    def loss(self, batch: _Batch) -> Float[Tensor, ""]:
-        """Mean over target tokens of an edit, then over edits."""
-        nll, owner = batch.target_nll()
-        length = torch.zeros(batch.edits, device=nll.device).index_add(0, owner, torch.ones_like(nll))
-        return (nll / length[owner]).sum() / batch.edits
+class FtBf(_FineTuning[FtBfConfig]):
+    """FT-BF: FT-M's loss, breadth first: small batches drawn from all edits of the sequence, none trained to the end alone.
+
+    Edits of the FT-BF patches that lie on the model are learnt again with the new ones, unless a new one has their prompt;
+    so a sequence stays breadth first. A batch whose targets are all predicted as they should be, at a low loss, is passed
+    over; training ends when all are.
+    """
+
+    name = "ft-bf"
+    config_type = FtBfConfig
+    traits = replace(FtL.traits, paper="Fine-tuning done right 2025, arXiv 2509.22072")
+
+    def learnt(self, lm: LM, edits: tuple[Edit, ...], config: FtBfConfig) -> tuple[Edit, ...]:
+        """Earlier edits and these, shuffled; the order in which they are given does not count."""
+        earlier = (p for p in lm.patches if isinstance(p, WeightPatch) and p.provenance.method == self.name)
+        kept = {edit.prompt: edit for patch in earlier for edit in patch.provenance.edits}
+        for edit in edits:
+            kept.pop(edit.prompt, None)
+        every = sorted([*kept.values(), *edits], key=lambda edit: (edit.prompt, edit.target))
+        random.Random(config.seed).shuffle(every)  # noqa: S311
+        return tuple(every)
+
+    def is_learnt(self, loss: Float[Tensor, ""], correct: Bool[Tensor, " texts"], config: FtBfConfig) -> bool:
+        """High accuracy and a low loss."""
+        return bool(correct.all()) and loss.item() < config.stop_loss

@@ -5,33 +5,32 @@ Shared by the methods that locate a fact first: ROME (arXiv 2202.05262, section 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from factpatch.edits import Edit
 from factpatch.lm import LM
-from factpatch.lm.run import Batch, Sampler, generate, input_of, length_batches
+from factpatch.lm.run import Batch, Sampler, generate, input_of, length_batches, output_of
 from factpatch.lm.tokens import Encoded
 
-__all__ = ["at_subject", "context_prefixes", "subject_keys", "subject_texts"]
+__all__ = ["at_subject", "context_keys", "context_prefixes", "subject_outputs", "subject_texts"]
 
 _OPENINGS = ("The", "In", "It", "When", "A", "There", "We", "For", "As", "One")
-_LENGTHS = (5, 10)
 
 
-def context_prefixes(lm: LM, count: int, seed: int) -> tuple[str, ...]:
-    """The empty prefix, then `count` short texts the model writes, half of 5 tokens and half of 10.
+def context_prefixes(lm: LM, count: int, seed: int, lengths: Sequence[int] = (5, 10)) -> tuple[str, ...]:
+    """The empty prefix, then `count` short texts the model writes, as many of each length in tokens.
 
     Each ends in ". ", ready to be put before a prompt. They are written by the base model, whatever patches lie on it,
     so that a sequence of edits shares them.
     """
     prefixes = [""]
     with lm.unpatched():
-        for index, length in enumerate(_LENGTHS):
-            share = (count + index) // len(_LENGTHS)
+        for index, length in enumerate(lengths):
+            share = (count + index) // len(lengths)
             for start in range(0, share, len(_OPENINGS)):
                 prompts = [lm.tokens.encode(opening).ids for opening in _OPENINGS[: share - start]]
                 sampler = Sampler(seed=seed + 1000 * start + length, top_k=10)
@@ -54,17 +53,30 @@ def at_subject(activation: Tensor, batch: Batch, texts: Sequence[Encoded]) -> Fl
     return activation.reshape(*batch.ids.shape, -1)[rows, cols]
 
 
-@torch.no_grad()
-def subject_keys(lm: LM, layer: int, texts: Sequence[Encoded]) -> Float[Tensor, "texts inter"]:
-    """`k` at block `layer` and the subject's last token of each text, in float32."""
-    projection = lm.anatomy.mlp_out(layer)
-    keys: dict[int, Tensor] = {}
+def context_keys(
+    lm: LM, layer: int, edits: Sequence[Edit], prefixes: Sequence[str], *, chat: bool
+) -> Float[Tensor, "edits contexts inter"]:
+    """`k` at block `layer` and the subject's last token: each edit's prompt after each prefix, in float32."""
+    texts = [text for edit in edits for text in subject_texts(lm, edit, prefixes, target=False, chat=chat)]
+    keys = _at_subjects(lm, lm.anatomy.mlp_out(layer).module, texts, input_of)
+    return keys.reshape(len(edits), len(prefixes), -1)
+
+
+def subject_outputs(lm: LM, site: nn.Module, edits: Sequence[Edit], *, chat: bool) -> Float[Tensor, "edits hidden"]:
+    """What a part puts out at the subject's last token of each edit's bare prompt, in float32."""
+    texts = [text for edit in edits for text in subject_texts(lm, edit, ("",), target=False, chat=chat)]
+    return _at_subjects(lm, site, texts, output_of)
+
+
+def _at_subjects(
+    lm: LM, module: nn.Module, texts: Sequence[Encoded], read: Callable[[LM, nn.Module, Batch], Tensor]
+) -> Float[Tensor, "texts width"]:
+    found: dict[int, Tensor] = {}
     for indices in length_batches([len(text.prompt_ids) for text in texts]):
         chosen = [texts[i] for i in indices]
         batch = Batch.of([text.prompt_ids for text in chosen], lm.device)
-        read = input_of(lm, projection.module, batch)
-        keys.update(zip(indices, at_subject(read, batch, chosen).float(), strict=True))
-    return torch.stack([keys[i] for i in range(len(texts))])
+        found.update(zip(indices, at_subject(read(lm, module, batch), batch, chosen).float(), strict=True))
+    return torch.stack([found[i] for i in range(len(texts))])
 
 
 def _subject(text: Encoded) -> int:

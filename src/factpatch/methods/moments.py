@@ -24,7 +24,7 @@ from factpatch.lm.run import Batch, Sampler, generate, input_of, length_batches
 from factpatch.methods.base import Config
 from factpatch.progress import Progress
 
-__all__ = ["MomentConfig", "factorised", "second_moment"]
+__all__ = ["MomentConfig", "factorised", "least_used", "second_moment"]
 
 _OPENINGS = (
     "The history of", "The city of", "The capital of", "The president of", "The author of", "The novel", "The film",
@@ -56,22 +56,30 @@ def second_moment(lm: LM, layer: int, config: MomentConfig, progress: Progress) 
 
     Raises BadConfig if the corpus cannot be read.
     """
-    source = _source(config)
-    key = {
-        "fingerprint": lm.fingerprint,
-        "dtype": str(lm.dtype),
-        "layer": layer,
-        "source": source,
-        "tokens": config.moment_tokens,
-        "length": config.moment_length,
-        "version": 1,
-    }
 
     def compute() -> dict[str, Tensor]:
         with lm.unpatched():  # the result is filed under the base model's fingerprint
             return {"C": _accumulate(lm, layer, _texts(lm, config, progress), progress)}
 
-    return cached_tensors("second-moment", key, compute)["C"]
+    return cached_tensors("second-moment", _key(lm, layer, config), compute)["C"]
+
+
+def least_used(
+    lm: LM, layer: int, share: float, config: MomentConfig, progress: Progress
+) -> Float[Tensor, "inter free"]:
+    """An orthonormal basis of the directions that keys of block `layer` use least, `share` of them all.
+
+    The eigenvectors of `C` with the smallest eigenvalues; float32 on the CPU, cached. AlphaEdit (arXiv 2410.02355) takes
+    those below a threshold, which depends on the model's scale; a share does not.
+    """
+
+    def compute() -> dict[str, Tensor]:
+        moment = second_moment(lm, layer, config, progress)
+        progress(f"Sorting the directions of block {layer} (once)", 0, 1)
+        return {"vectors": torch.linalg.eigh(moment.double()).eigenvectors.float()}
+
+    vectors = cached_tensors("directions", _key(lm, layer, config), compute)["vectors"]
+    return vectors[:, : max(1, round(share * len(vectors)))]
 
 
 def factorised(moment: Float[Tensor, "inter inter"], damping: float) -> Float[Tensor, "inter inter"]:
@@ -89,6 +97,19 @@ def factorised(moment: Float[Tensor, "inter inter"], damping: float) -> Float[Te
             "  Raise the setting damping, or moment_tokens to average over more text."
         )
     return factor
+
+
+def _key(lm: LM, layer: int, config: MomentConfig) -> dict[str, object]:
+    """All that the keys' statistics depend on."""
+    return {
+        "fingerprint": lm.fingerprint,
+        "dtype": str(lm.dtype),
+        "layer": layer,
+        "source": _source(config),
+        "tokens": config.moment_tokens,
+        "length": config.moment_length,
+        "version": 1,
+    }
 
 
 def _source(config: MomentConfig) -> str:

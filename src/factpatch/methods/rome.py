@@ -1,30 +1,31 @@
-"""ROME and r-ROME: one fact as one key and one value, inserted by a rank-one change of one MLP output projection.
+"""ROME, r-ROME and EMMET: facts as keys and values, inserted into the MLP output projection of one block.
 
 ROME    Meng et al., NeurIPS 2022 (arXiv 2202.05262)
 r-ROME  Gupta et al. 2024, "Rebuilding ROME" (arXiv 2403.07175)
+EMMET   Gupta et al. 2024, "A unified framework for model editing" (arXiv 2403.14236)
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from pydantic import Field, NonNegativeInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt
 from torch import Tensor
 
 from factpatch.edits import Edit
-from factpatch.errors import CannotEdit
 from factpatch.lm import LM
 from factpatch.methods.base import Method, Preset, Traits
-from factpatch.methods.keys import context_prefixes, subject_keys, subject_texts
+from factpatch.methods.insertion import finite, insert
+from factpatch.methods.keys import context_keys, context_prefixes
 from factpatch.methods.moments import MomentConfig, factorised, second_moment
-from factpatch.methods.values import ValueConfig, target_values
+from factpatch.methods.values import TargetValue, ValueConfig, target_values
 from factpatch.patches import LowRank, WeightPatch
 from factpatch.progress import Progress, silent
 
-__all__ = ["RRome", "RRomeConfig", "Rome", "RomeConfig", "insert"]
+__all__ = ["Emmet", "EmmetConfig", "RRome", "RRomeConfig", "Rome", "RomeConfig"]
 
 
 class RomeConfig(ValueConfig, MomentConfig):
@@ -34,12 +35,19 @@ class RomeConfig(ValueConfig, MomentConfig):
     contexts: NonNegativeInt = Field(default=20, description="sampled texts put before the prompt, beside none at all")
     covariance: bool = Field(default=True, description="weigh by the second moment of keys; false takes C = I")
     consistent_keys: bool = Field(default=False, description="the averaged key everywhere, as r-ROME does")
+    ridge: NonNegativeFloat = Field(default=0.0, description="how far values may be missed to keep the change small")
 
 
 class RRomeConfig(RomeConfig):
     """Settings of r-ROME."""
 
     consistent_keys: bool = Field(default=True, description="the averaged key everywhere; false is ROME")
+
+
+class EmmetConfig(RRomeConfig):
+    """Settings of EMMET."""
+
+    ridge: NonNegativeFloat = Field(default=0.1, description="how far values may be missed to keep the change small")
 
 
 _PRESETS = (
@@ -81,59 +89,46 @@ class Rome(Method[RomeConfig]):
             second_moment(lm, _layer(lm, config), config, progress)
 
     def make(self, lm: LM, edits: tuple[Edit, ...], config: RomeConfig, progress: Progress) -> WeightPatch:
-        """One edit after the other, each on the model as the earlier ones left it."""
+        """One edit after the other, each on the model as the earlier ones left it; or all at once."""
         layer = _layer(lm, config)
         settled = config.model_copy(update={"layer": layer})
-        projection = lm.anatomy.mlp_out(layer)
         factor = factorised(second_moment(lm, layer, config, progress), config.damping) if config.covariance else None
         prefixes = context_prefixes(lm, config.contexts, config.seed)
         notes: list[dict[str, Any]] = []
         change: LowRank | None = None
 
         def patch(change: LowRank) -> WeightPatch:
-            stored = change.T if projection.transposed else change
-            return WeightPatch(self.provenance(lm, settled, edits, notes), {projection.parameter: stored})
+            delta = {lm.anatomy.mlp_out(layer): change}
+            return WeightPatch.of(self.provenance(lm, settled, edits, notes), delta)
 
-        for edit in edits:
+        for group in [edits] if self.traits.joint else [(edit,) for edit in edits]:
             with lm.patched(*([] if change is None else [patch(change)])):
-                step, note = self._one(lm, layer, edit, prefixes, factor, config, progress)
-            notes.append({"edit": edit.id, **note})
+                values = target_values(lm, group, lm.anatomy.mlp_out(layer).module, layer, prefixes, config, progress)
+                step = self._step(lm, layer, group, values, prefixes, factor, config)
+            notes += [{"edit": edit.id, **value.note()} for edit, value in zip(group, values, strict=True)]
             change = step if change is None else change + step
         assert change is not None, "fit refuses an empty batch"
         return patch(change)
 
-    def _one(
+    def _step(
         self,
         lm: LM,
         layer: int,
-        edit: Edit,
-        prefixes: tuple[str, ...],
+        edits: Sequence[Edit],
+        values: Sequence[TargetValue],
+        prefixes: Sequence[str],
         factor: Tensor | None,
         config: RomeConfig,
-        progress: Progress,
-    ) -> tuple[LowRank, dict[str, Any]]:
+    ) -> LowRank:
         projection = lm.anatomy.mlp_out(layer)
-        (value,) = target_values(lm, [edit], layer, prefixes, config, progress)
-        keys = subject_keys(lm, layer, subject_texts(lm, edit, prefixes, target=False, chat=config.chat))
-        mean, bare = keys.mean(0), keys[0]
-        key = mean if config.consistent_keys else bare
+        every = context_keys(lm, layer, edits, prefixes, chat=config.chat)
+        mean = every.mean(1)
+        keys = mean if config.consistent_keys else every[:, 0]
         with torch.no_grad():
-            weight = projection.matrix.detach().float()
-            output = projection.apply(weight, key)
-            change = insert(value.old + value.delta - output, key, mean, factor)
-        if not bool(change.u.isfinite().all() and change.v.isfinite().all()):
-            raise CannotEdit(
-                f'edit "{edit.id}": the update of {self.name} is not finite.\n'
-                "  Try consistent_keys=true (r-rome), or another layer."
-            )
-        note = {
-            "steps": len(value.losses),
-            "first_loss": round(value.losses[0], 6),
-            "last_loss": round(value.losses[-1], 6),
-            "value_change": round(float(value.delta.norm() / value.old.norm()), 6),
-            "weight_change": round(change.norm() / float(weight.norm()), 6),
-        }
-        return change, note
+            outputs = projection.apply(projection.matrix.float(), keys)
+            residuals = torch.stack([value.old + value.delta for value in values]) - outputs
+            change = insert(residuals.T, keys.T, factor, ridge=config.ridge, directions=mean.T)
+        return finite(change, self.name, edits)
 
 
 class RRome(Rome):
@@ -144,24 +139,16 @@ class RRome(Rome):
     traits = replace(Rome.traits, paper="Gupta et al. 2024, arXiv 2403.07175")
 
 
-def insert(
-    residual: Float[Tensor, " hidden"],
-    key: Float[Tensor, " inter"],
-    direction_key: Float[Tensor, " inter"],
-    factor: Float[Tensor, "inter inter"] | None,
-) -> LowRank:
-    """The smallest change in the metric of `C` that adds `residual` to what the projection says of `key`.
+class Emmet(Rome):
+    """EMMET: many facts at once, each met as exactly as ROME meets one, by one change of rank n.
 
-    W' = W + r uᵀ / (uᵀ k),  u = C⁻¹ k̄   (ROME, equation 2)
-
-    `factor` is C's lower Cholesky factor, None for C = I. With `direction_key` k̄ equal to `key` k this is exact least
-    squares; the published ROME takes the mean key for k̄ and the bare prompt's for k. Solved in float64, returned in
-    float32, for W of shape (hidden, inter).
+    `Δ = (V - W K)(Kᵀ C⁻¹ K + ridge)⁻¹ Kᵀ C⁻¹`; with one edit and no ridge this is r-ROME. The ridge keeps edits whose
+    keys nearly coincide from tearing the matrix.
     """
-    exact = direction_key.double().cpu()
-    u = exact if factor is None else torch.cholesky_solve(exact[:, None], factor)[:, 0]
-    scaled = u / (u @ key.double().cpu())
-    return LowRank(residual.float()[:, None], scaled.to(residual.device, torch.float32)[None, :])
+
+    name = "emmet"
+    config_type = EmmetConfig
+    traits = replace(Rome.traits, paper="Gupta et al. 2024, arXiv 2403.14236", joint=True)
 
 
 def _layer(lm: LM, config: RomeConfig) -> int:

@@ -1,4 +1,4 @@
-"""Target values: what an MLP should put out at the subject's last token so that the model says the target.
+"""Target values: what a part should put out at the subject's last token so that the model says the target.
 
 ROME (arXiv 2202.05262, section 3.1, step 2, equation 4) and its descendants. Many edits share one batch; each has its own
 `delta`, its own Adam state and its own end, so a batch gives what the edits would give one by one.
@@ -6,22 +6,25 @@ ROME (arXiv 2202.05262, section 3.1, step 2, equation 4) and its descendants. Ma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
-from torch import Tensor
+from torch import Tensor, nn
 
 from factpatch.edits import Edit
 from factpatch.lm import LM
 from factpatch.lm.hooks import reading, replacing_output
-from factpatch.lm.run import Batch, Places, UpperRun
+from factpatch.lm.run import Batch, Places, UpperRun, length_batches
 from factpatch.lm.tokens import Encoded
 from factpatch.methods.base import Config
 from factpatch.methods.keys import at_subject, subject_texts
-from factpatch.progress import Progress
+from factpatch.progress import Progress, part
 
 __all__ = ["TargetValue", "ValueConfig", "target_values"]
 
@@ -41,7 +44,7 @@ class ValueConfig(Config):
 
 @dataclass(frozen=True, slots=True)
 class TargetValue:
-    """`old` and `delta`: the projection's output for the bare prompt, and what to add to it. Float32.
+    """`old` and `delta`: the site's output for the bare prompt, and what to add to it. Float32.
 
     `losses` is the objective at each step, in nats.
     """
@@ -50,91 +53,147 @@ class TargetValue:
     delta: Float[Tensor, " hidden"]
     losses: tuple[float, ...]
 
+    def note(self) -> dict[str, Any]:
+        """How the search went, JSON-ready."""
+        return {
+            "steps": len(self.losses),
+            "first_loss": round(self.losses[0], 6),
+            "last_loss": round(self.losses[-1], 6),
+            "value_change": round(float(self.delta.norm() / self.old.norm()), 6),
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """All rows of the batch: for each edit its contexts with the target, then the essence prompt."""
+    """What is run for one edit: its prompt and target after each context, the first of them empty; then the essence."""
 
-    texts: list[Encoded]
-    owner: list[int]
-    bare: list[int]
-    essence: list[int]
+    texts: tuple[Encoded, ...]
+
+    @classmethod
+    def of(cls, lm: LM, edit: Edit, prefixes: Sequence[str], config: ValueConfig) -> _Rows:
+        """Encode them."""
+        texts = subject_texts(lm, edit, prefixes, target=True, chat=config.chat)
+        return cls((*texts, lm.tokens.encode(f"{edit.subject} is a", subject=edit.subject)))
 
 
 def target_values(
-    lm: LM, edits: Sequence[Edit], layer: int, prefixes: Sequence[str], config: ValueConfig, progress: Progress
+    lm: LM,
+    edits: Sequence[Edit],
+    site: nn.Module,
+    first: int,
+    prefixes: Sequence[str],
+    config: ValueConfig,
+    progress: Progress,
+    *,
+    beside: Sequence[nn.Module] = (),
 ) -> list[TargetValue]:
-    """For each edit the `delta` at block `layer`'s MLP output that minimises
+    """For each edit the `delta` at the output of `site` that minimises
 
         mean_j NLL(o | x_j + p)  +  kl_factor KL(p_old || p_delta) on "<subject> is a"  +  wd |delta| / |v0|^2
 
     over the contexts `x_j`, with `|delta| <= clamp |v0|` kept by projection after each step of Adam.
+
+    site    the module whose output is changed, at the subject's last token
+    first   the first block to run again; those beneath it come before `site` and run once
+    beside  further modules that get a `delta` of their own, optimised along but not returned, as PMET does
     """
-    rows = _rows(lm, edits, prefixes, config)
-    projection = lm.anatomy.mlp_out(layer)
-    batch = Batch.of([text.ids for text in rows.texts], lm.device)
-    upper = UpperRun(lm, batch, layer)
-    places = Places.of([_reads(text) for text in rows.texts], lm.device)
-    essence_rows = torch.tensor(rows.essence, device=lm.device)
-    is_essence = torch.isin(places.rows, essence_rows)
-    owner = torch.tensor(rows.owner, device=lm.device)
-    seen: list[Tensor] = []
-    with torch.no_grad(), reading(projection.module, lambda _, out: seen.append(at_subject(out, batch, rows.texts))):
-        before = upper.logits_at(places)[is_essence].log_softmax(-1)
-    old = seen[0].float()[rows.bare]
-    limit = config.clamp * old.norm(dim=-1)
-
-    target = torch.tensor([t for text in rows.texts for t in text.target_ids], device=lm.device)
-    target_row = places.rows[~is_essence]
-    length = torch.zeros(len(rows.texts), device=lm.device).index_add(
-        0, target_row, torch.ones(len(target_row), device=lm.device)
-    )
-    weight = 1.0 / (length[target_row] * len(prefixes))
-
-    deltas = [torch.zeros_like(value, requires_grad=True) for value in old]
-    optimiser = torch.optim.Adam(deltas, lr=config.lr)
-    losses: list[list[float]] = [[] for _ in edits]
-    live = set(range(len(edits)))
-    cols = torch.tensor([text.subject for text in rows.texts], device=lm.device)
-
-    def add_delta(_: Tensor, out: Tensor) -> Tensor:
-        grid = out.reshape(*batch.ids.shape, -1)
-        at = (torch.arange(len(rows.texts), device=out.device), cols)
-        return grid.index_put(at, torch.stack(deltas)[owner].to(out.dtype), accumulate=True).reshape(out.shape)
-
-    with replacing_output(projection.module, add_delta), torch.enable_grad():
-        for step in range(config.steps):
-            progress(f"Optimising the value at block {layer}", step, config.steps)
-            logprobs = upper.logits_at(places).log_softmax(-1)
-            nll = -logprobs[~is_essence].gather(-1, target[:, None])[:, 0] * weight
-            kl = (before.exp() * (before - logprobs[is_essence])).sum(-1) * config.kl_factor
-            decay = config.weight_decay * torch.stack([d.norm() for d in deltas]) / old.norm(dim=-1) ** 2
-            loss = decay.index_add(0, owner[target_row], nll).index_add(0, owner[essence_rows], kl)
-            for i in sorted(live):
-                losses[i].append(loss[i].item())
-            live -= {i for i in live if losses[i][-1] < config.stop_loss}
-            if not live or step == config.steps - 1:
-                break
-            gradients = torch.autograd.grad(loss.sum(), deltas)
-            for i, (delta, gradient) in enumerate(zip(deltas, gradients, strict=True)):
-                delta.grad = gradient if i in live else None  # Adam leaves a parameter without gradient alone
-            optimiser.step()
-            with torch.no_grad():
-                for delta, bound in zip(deltas, limit, strict=True):
-                    delta.mul_((bound / delta.norm().clamp(min=1e-12)).clamp(max=1))
-    progress(f"Optimising the value at block {layer}", config.steps, config.steps)
-    return [TargetValue(old[i], deltas[i].detach(), tuple(losses[i])) for i in range(len(edits))]
+    rows = [_Rows.of(lm, edit, prefixes, config) for edit in edits]
+    found: dict[int, TargetValue] = {}
+    groups = list(length_batches([len(own.texts) * max(len(text.ids) for text in own.texts) for own in rows]))
+    for i, group in enumerate(groups):
+        search = _Search(lm, [rows[index] for index in group], [site, *beside], first, config)
+        found.update(zip(group, search.run(part(progress, i, len(groups))), strict=True))
+    return [found[i] for i in range(len(edits))]
 
 
-def _rows(lm: LM, edits: Sequence[Edit], prefixes: Sequence[str], config: ValueConfig) -> _Rows:
-    rows = _Rows([], [], [], [])
-    for i, edit in enumerate(edits):
-        rows.bare.append(len(rows.texts))
-        rows.texts.extend(subject_texts(lm, edit, prefixes, target=True, chat=config.chat))
-        rows.essence.append(len(rows.texts))
-        rows.texts.append(lm.tokens.encode(f"{edit.subject} is a", subject=edit.subject))
-        rows.owner.extend([i] * (len(rows.texts) - len(rows.owner)))
-    return rows
+class _Search:
+    """The values of one batch of edits, searched for side by side."""
+
+    def __init__(
+        self, lm: LM, edits: Sequence[_Rows], sites: Sequence[nn.Module], first: int, config: ValueConfig
+    ) -> None:
+        self.config, self.sites, self.n = config, sites, len(edits)
+        self.texts = texts = [text for own in edits for text in own.texts]
+        starts = list(accumulate((len(own.texts) for own in edits), initial=0))
+        self.bare = starts[:-1]
+        essence = torch.tensor([end - 1 for end in starts[1:]], device=lm.device)
+        self.owner = torch.tensor([i for i, own in enumerate(edits) for _ in own.texts], device=lm.device)
+        self.batch = Batch.of([text.ids for text in texts], lm.device)
+        self.subjects = torch.tensor([text.subject for text in texts], device=lm.device)
+        self.upper = UpperRun(lm, self.batch, first)
+        self.places = Places.of([_reads(text) for text in texts], lm.device)
+        self.is_essence = torch.isin(self.places.rows, essence)
+        self.target = torch.tensor([t for text in texts for t in text.target_ids], device=lm.device)
+        rows = self.places.rows[~self.is_essence]
+        length = torch.zeros(len(texts), device=lm.device).index_add(0, rows, torch.ones_like(rows, dtype=torch.float))
+        contexts = torch.tensor([len(own.texts) - 1 for own in edits], device=lm.device)
+        self.target_owner = self.owner[rows]
+        self.target_weight = 1.0 / (length[rows] * contexts[self.target_owner])
+        self.old = self._outputs()
+
+    def _outputs(self) -> list[Float[Tensor, "edits hidden"]]:
+        """What each site puts out for the bare prompts; and what is predicted after "<subject> is a"."""
+        seen: dict[int, Tensor] = {}
+
+        def see(index: int) -> Callable[[Tensor, Tensor], None]:
+            return lambda _, out: seen.update({index: at_subject(out, self.batch, self.texts)[self.bare].float()})
+
+        with torch.no_grad(), ExitStack() as stack:
+            for i, site in enumerate(self.sites):
+                stack.enter_context(reading(site, see(i)))
+            self.before = self.upper.logits_at(self.places)[self.is_essence].log_softmax(-1)
+        return [seen[i] for i in range(len(self.sites))]
+
+    def run(self, progress: Progress) -> list[TargetValue]:
+        """Take steps until each edit's loss is low enough, or there have been enough."""
+        config = self.config
+        deltas = [[torch.zeros_like(value, requires_grad=True) for value in values] for values in self.old]
+        flat = [delta for row in deltas for delta in row]
+        optimiser = torch.optim.Adam(flat, lr=config.lr)
+        losses: list[list[float]] = [[] for _ in range(self.n)]
+        live = set(range(self.n))
+        with ExitStack() as stack, torch.enable_grad():
+            for site, row in zip(self.sites, deltas, strict=True):
+                stack.enter_context(replacing_output(site, self._adding(row)))
+            for step in range(config.steps):
+                progress("Optimising values", step, config.steps)
+                loss = self._loss(deltas)
+                for i in sorted(live):
+                    losses[i].append(loss[i].item())
+                live -= {i for i in live if losses[i][-1] < config.stop_loss}
+                if not live or step == config.steps - 1:
+                    break
+                gradients = torch.autograd.grad(loss.sum(), flat)
+                for index, (delta, gradient) in enumerate(zip(flat, gradients, strict=True)):
+                    # Adam leaves a parameter without gradient alone.
+                    delta.grad = gradient if index % self.n in live else None
+                optimiser.step()
+                with torch.no_grad():
+                    for delta, value in zip(flat, torch.cat(self.old), strict=True):
+                        bound = config.clamp * value.norm()
+                        delta.mul_((bound / delta.norm().clamp(min=1e-12)).clamp(max=1))
+        progress("Optimising values", config.steps, config.steps)
+        old, found = self.old[0], [delta.detach() for delta in deltas[0]]
+        return [TargetValue(old[i], found[i], tuple(losses[i])) for i in range(self.n)]
+
+    def _adding(self, deltas: Sequence[Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+        def add(_: Tensor, out: Tensor) -> Tensor:
+            grid = out.reshape(*self.batch.ids.shape, -1)
+            at = (torch.arange(len(grid), device=out.device), self.subjects)
+            added = torch.stack(list(deltas))[self.owner].to(out.dtype)
+            return grid.index_put(at, added, accumulate=True).reshape(out.shape)
+
+        return add
+
+    def _loss(self, deltas: Sequence[Sequence[Tensor]]) -> Float[Tensor, " edits"]:
+        config = self.config
+        logprobs = self.upper.logits_at(self.places).log_softmax(-1)
+        nll = -logprobs[~self.is_essence].gather(-1, self.target[:, None])[:, 0] * self.target_weight
+        kl = (self.before.exp() * (self.before - logprobs[self.is_essence])).sum(-1)
+        loss = (config.kl_factor * kl).index_add(0, self.target_owner, nll)
+        for row, old in zip(deltas, self.old, strict=True):
+            loss = loss + config.weight_decay * torch.stack([d.norm() for d in row]) / old.norm(dim=-1) ** 2
+        return loss
 
 
 def _reads(text: Encoded) -> Sequence[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from factpatch.errors import BadPatch, WrongBase
 from factpatch.lm import LM
+from factpatch.lm.anatomy import Projection
 from factpatch.patches.base import Patch, Provenance
 
 __all__ = ["Delta", "Dense", "LowRank", "WeightPatch"]
@@ -64,6 +65,11 @@ class Dense:
         """Of the parameter it changes."""
         return self.dense.shape
 
+    @property
+    def T(self) -> Dense:  # noqa: N802
+        """The transpose of a matrix."""
+        return Dense(self.dense.T.contiguous())
+
     def full(self) -> Float[Tensor, "*shape"]:
         """The change itself."""
         return self.dense
@@ -78,6 +84,7 @@ class Dense:
 
 
 Delta = LowRank | Dense
+_STATE = "state:"
 _FORMS: dict[frozenset[str], Callable[..., Delta]] = {
     frozenset({"u", "v"}): LowRank,
     frozenset({"dense"}): Dense,
@@ -86,10 +93,23 @@ _FORMS: dict[frozenset[str], Callable[..., Delta]] = {
 
 @dataclass(frozen=True, eq=False)
 class WeightPatch(Patch):
-    """`W' = W + delta` for each named parameter, in the orientation in which the parameter is stored."""
+    """`W' = W + delta` for each named parameter, in the orientation in which the parameter is stored.
+
+    `state` is what the method needs of this patch to make the next edits of a sequence, such as AlphaEdit's keys; it
+    changes nothing in the model.
+    """
 
     kind: ClassVar[str] = "weight"
     deltas: Mapping[str, Delta]
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, provenance: Provenance, changes: Mapping[Projection, Delta], state: Mapping[str, Tensor] | None = None
+    ) -> WeightPatch:
+        """A patch of changes of `W` as in `y = W x`, each turned the way its parameter is stored and in its smaller form."""
+        deltas = {p.parameter: _smaller(delta.T if p.transposed else delta) for p, delta in changes.items()}
+        return cls(provenance, deltas, state or {})
 
     def attach(self, lm: LM) -> Callable[[], None]:
         """Point each touched parameter at a changed copy; undoing points it back at the very tensor it had."""
@@ -108,14 +128,17 @@ class WeightPatch(Patch):
         return partial(_point, parameters, kept)
 
     def tensors(self) -> dict[str, Tensor]:
-        """`<parameter>.u` and `.v`, or `<parameter>.dense`."""
-        return {f"{name}.{part}": t for name, delta in self.deltas.items() for part, t in delta.parts().items()}
+        """`<parameter>.u` and `.v`, or `<parameter>.dense`; `state:<name>` for state."""
+        changes = {f"{name}.{part}": t for name, delta in self.deltas.items() for part, t in delta.parts().items()}
+        return changes | {f"{_STATE}{name}": t for name, t in self.state.items()}
 
     @classmethod
     def from_tensors(cls, provenance: Provenance, tensors: Mapping[str, Tensor]) -> WeightPatch:
         """Group tensors by parameter."""
         grouped: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
+            if key.startswith(_STATE):
+                continue
             name, _, part = key.rpartition(".")
             grouped.setdefault(name, {})[part] = tensor
         deltas = {}
@@ -128,7 +151,8 @@ class WeightPatch(Patch):
                     "  The file is damaged; make the patch again with: factpatch edit"
                 )
             deltas[name] = form(**parts)
-        return WeightPatch(provenance, deltas)
+        state = {key.removeprefix(_STATE): tensor for key, tensor in tensors.items() if key.startswith(_STATE)}
+        return WeightPatch(provenance, deltas, state)
 
     def changes(self) -> list[dict[str, Any]]:
         """Parameter, shape, form and Frobenius norm of each change."""
@@ -141,6 +165,13 @@ class WeightPatch(Patch):
             }
             for name, delta in self.deltas.items()
         ]
+
+
+def _smaller(delta: Delta) -> Delta:
+    """The same change, written out where that takes less room than its factors."""
+    if isinstance(delta, LowRank) and delta.u.numel() + delta.v.numel() > delta.shape.numel():
+        return Dense(delta.full())
+    return delta
 
 
 def _joinable(u: Tensor, v: Tensor) -> bool:

@@ -1,0 +1,260 @@
+"""MEMIT, PMET and AlphaEdit: many facts at once, spread over the MLP output projections of several blocks.
+
+MEMIT      Meng et al., ICLR 2023 (arXiv 2210.07229)
+PMET       Li et al., AAAI 2024 (arXiv 2308.08742)
+AlphaEdit  Fang et al., ICLR 2025 (arXiv 2410.02355)
+
+All search for what the last of these blocks should put out, then close the gap block by block, each time on the model as the
+blocks before have been changed. They differ in what "put out" means, in how the gap is shared among the blocks, and in the
+metric of the update.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar, Generic, TypeVar
+
+import torch
+from jaxtyping import Float
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
+from torch import Tensor, nn
+
+from factpatch.edits import Edit
+from factpatch.lm import LM
+from factpatch.lm.anatomy import Projection
+from factpatch.methods.base import Layers, Method, Preset, Traits
+from factpatch.methods.insertion import finite, insert
+from factpatch.methods.keys import context_keys, context_prefixes, subject_outputs
+from factpatch.methods.moments import MomentConfig, factorised, least_used, second_moment
+from factpatch.methods.values import ValueConfig, target_values
+from factpatch.patches import LowRank, WeightPatch
+from factpatch.progress import Progress, silent
+
+__all__ = ["AlphaEdit", "AlphaEditConfig", "Memit", "MemitConfig", "Pmet", "SpreadConfig"]
+
+
+class SpreadConfig(ValueConfig, MomentConfig):
+    """Settings that MEMIT and its descendants share."""
+
+    layers: Layers | None = Field(
+        default=None, description="blocks to edit, such as 4,5,6,7,8; default: five, up to a quarter of the stack"
+    )
+    ends_only: bool = Field(
+        default=False, description="change the first and the last block alone, each by the whole gap (BLUE)"
+    )
+    contexts: NonNegativeInt = Field(default=5, description="sampled texts put before the prompt, beside none at all")
+
+
+class MemitConfig(SpreadConfig):
+    """Settings of MEMIT and PMET."""
+
+    prior: PositiveFloat = Field(
+        default=15_000.0, description="weight of what is known already against one new fact; smaller edits harder"
+    )
+
+
+class AlphaEditConfig(SpreadConfig):
+    """Settings of AlphaEdit."""
+
+    lr: PositiveFloat = Field(default=0.1, description="learning rate of Adam")
+    weight_decay: NonNegativeFloat = Field(default=0.5, description="weight of |change| / |old value|^2")
+    clamp: PositiveFloat = Field(default=0.75, description="largest change, in norms of the old value")
+    free_share: float = Field(
+        default=0.9, gt=0, le=1, description="share of the directions of keys, least used first, that may change"
+    )
+    l2: PositiveFloat = Field(default=1.0, description="weight of keeping the change small")
+
+
+C = TypeVar("C", bound=SpreadConfig)
+
+
+class _Spread(Method[C], Generic[C]):
+    def make(self, lm: LM, edits: tuple[Edit, ...], config: C, progress: Progress) -> WeightPatch:
+        """Search the values, then change one block after the other."""
+        layers = _layers(lm, config)
+        settled = config.model_copy(update={"layers": layers})
+        edited = tuple(dict.fromkeys((layers[0], layers[-1]))) if config.ends_only else layers
+        prefixes = context_prefixes(lm, config.contexts, config.seed, lengths=(10,))
+        site, *beside = self.sites(lm, layers[-1])
+        first = layers[-1] + (site is lm.anatomy.block(layers[-1]))
+        values = target_values(lm, edits, site, first, prefixes, config, progress, beside=beside)
+        goal = torch.stack([value.old + value.delta for value in values])
+        notes = [{"edit": edit.id, **value.note()} for edit, value in zip(edits, values, strict=True)]
+        changes: dict[Projection, LowRank] = {}
+        state: dict[str, Tensor] = {}
+        for i, layer in enumerate(edited):
+            progress(f"Changing block {layer}", i, len(edited))
+            projection = lm.anatomy.mlp_out(layer)
+            so_far = WeightPatch.of(self.provenance(lm, settled, edits), changes)
+            with lm.patched(so_far):
+                gap = (goal - subject_outputs(lm, site, edits, chat=config.chat)).T
+                keys = context_keys(lm, layer, edits, prefixes, chat=config.chat).mean(1).T
+            share = 1.0 if config.ends_only else self.share(len(edited) - i)
+            change = self.solve(lm, layer, gap * share, keys, config, progress)
+            changes[projection] = finite(change, self.name, edits)
+            state |= self.remembered(projection, keys)
+        progress("Changing blocks", len(edited), len(edited))
+        return WeightPatch.of(self.provenance(lm, settled, edits, notes), changes, state)
+
+    def sites(self, lm: LM, layer: int) -> Sequence[nn.Module]:
+        """The module whose output is searched for, then those whose outputs are searched along with it."""
+        return [lm.anatomy.block(layer)]
+
+    def share(self, left: int) -> float:
+        """The part of the gap that one block closes, if `left` blocks are left, itself included."""
+        return 1 / left
+
+    @abstractmethod
+    def solve(
+        self,
+        lm: LM,
+        layer: int,
+        residuals: Float[Tensor, "hidden edits"],
+        keys: Float[Tensor, "inter edits"],
+        config: C,
+        progress: Progress,
+    ) -> LowRank:
+        """The change of one block's projection."""
+
+    def remembered(self, projection: Projection, keys: Float[Tensor, "inter edits"]) -> dict[str, Tensor]:  # noqa: ARG002
+        """What the next edits of a sequence need of this one."""
+        return {}
+
+
+class Memit(_Spread[MemitConfig]):
+    """MEMIT: the values are outputs of the last block; each block closes its share of the gap by least squares.
+
+    `Δ = R Kᵀ (λ C + K Kᵀ)⁻¹`, with the residuals R divided by the number of blocks left, and λ the weight of the keys known
+    already.
+    """
+
+    name = "memit"
+    config_type = MemitConfig
+    presets: ClassVar[tuple[Preset, ...]] = (
+        Preset(
+            (48, 1600), {"layers": (13, 14, 15, 16, 17), "clamp": 0.75, "weight_decay": 0.5}, "GPT-2 XL in the release"
+        ),
+        Preset((28, 4096), {"layers": (3, 4, 5, 6, 7, 8), "clamp": 0.75, "weight_decay": 0.5}, "GPT-J in the release"),
+        Preset((32, 4096), {"layers": (4, 5, 6, 7, 8)}, "Llama-2-7B in the survey (arXiv 2401.01286)"),
+    )
+    traits = Traits(
+        family="locate then edit",
+        phase="mastery",
+        paper="Meng et al. 2023, arXiv 2210.07229",
+        patch=WeightPatch,
+        needs_subject=True,
+        joint=True,
+        prepares="second moments of keys at each block",
+        needs="MLP output projection",
+    )
+
+    def prepare(self, lm: LM, progress: Progress = silent) -> None:
+        """Compute and cache the second moments."""
+        config = self.resolve(lm)
+        for layer in _layers(lm, config):
+            second_moment(lm, layer, config, progress)
+
+    def solve(
+        self,
+        lm: LM,
+        layer: int,
+        residuals: Float[Tensor, "hidden edits"],
+        keys: Float[Tensor, "inter edits"],
+        config: MemitConfig,
+        progress: Progress,
+    ) -> LowRank:
+        """Equation 14."""
+        factor = factorised(second_moment(lm, layer, config, progress), config.damping)
+        return insert(residuals, keys, factor, ridge=config.prior)
+
+
+class Pmet(Memit):
+    """PMET: the outputs of attention and MLP are searched for side by side; the MLP's alone is aimed at.
+
+    The residual is divided by the root of the number of blocks left, so that later blocks carry more.
+    """
+
+    name = "pmet"
+    traits = Traits(
+        family="locate then edit",
+        phase="mastery",
+        paper="Li et al. 2024, arXiv 2308.08742",
+        patch=WeightPatch,
+        needs_subject=True,
+        joint=True,
+        prepares="second moments of keys at each block",
+        needs="MLP output projection",
+    )
+
+    def sites(self, lm: LM, layer: int) -> Sequence[nn.Module]:
+        """The MLP's output, and the attention's beside it."""
+        return [lm.anatomy.mlp_out(layer).module, lm.anatomy.attention_out(layer).module]
+
+    def share(self, left: int) -> float:
+        """Section 3.4 of the paper."""
+        return float(left**-0.5)
+
+
+class AlphaEdit(_Spread[AlphaEditConfig]):
+    """AlphaEdit: MEMIT's values, the update projected onto directions that other keys hardly use.
+
+    `Δ P = R Kᵀ P (P M P + l2 I)⁻¹` with `M = K Kᵀ` summed over this and all earlier edits, P the projector onto the least
+    used directions of keys. Keys of earlier edits are taken from the AlphaEdit patches that lie on the model.
+    """
+
+    name = "alphaedit"
+    config_type = AlphaEditConfig
+    traits = Traits(
+        family="locate then edit",
+        phase="mastery",
+        paper="Fang et al. 2025, arXiv 2410.02355",
+        patch=WeightPatch,
+        needs_subject=True,
+        joint=True,
+        prepares="directions of keys at each block, by how much they are used",
+        needs="MLP output projection",
+    )
+
+    def prepare(self, lm: LM, progress: Progress = silent) -> None:
+        """Compute and cache the directions."""
+        config = self.resolve(lm)
+        for layer in _layers(lm, config):
+            least_used(lm, layer, config.free_share, config, progress)
+
+    def solve(
+        self,
+        lm: LM,
+        layer: int,
+        residuals: Float[Tensor, "hidden edits"],
+        keys: Float[Tensor, "inter edits"],
+        config: AlphaEditConfig,
+        progress: Progress,
+    ) -> LowRank:
+        """Equation 14, in the coordinates of the free directions, where the projector is the identity."""
+        free = least_used(lm, layer, config.free_share, config, progress).double()
+        earlier = _earlier_keys(lm, lm.anatomy.mlp_out(layer), len(keys)).double() @ free
+        metric = earlier.T @ earlier + config.l2 * torch.eye(free.shape[1], dtype=torch.double)
+        within = insert(residuals, free.T @ keys.double().cpu(), torch.linalg.cholesky(metric), ridge=1.0)
+        return LowRank(within.u, within.v @ free.T.to(within.v))
+
+    def remembered(self, projection: Projection, keys: Float[Tensor, "inter edits"]) -> dict[str, Tensor]:
+        """The keys, which later edits must leave alone."""
+        return {_KEYS + projection.parameter: keys.T.contiguous()}
+
+
+_KEYS = "alphaedit keys of "
+
+
+def _earlier_keys(lm: LM, projection: Projection, width: int) -> Float[Tensor, "earlier inter"]:
+    """Keys of the AlphaEdit patches on the model, first to last; on the CPU."""
+    name = _KEYS + projection.parameter
+    found = [p.state[name].cpu() for p in lm.patches if isinstance(p, WeightPatch) and name in p.state]
+    return torch.cat([torch.empty(0, width), *found])
+
+
+def _layers(lm: LM, config: SpreadConfig) -> tuple[int, ...]:
+    if config.layers is not None:
+        return tuple(sorted(set(config.layers)))
+    last = round(lm.anatomy.n_layers / 4)
+    return tuple(range(max(0, last - 4), last + 1))

@@ -1,0 +1,145 @@
+"""UltraEdit: many facts at once from one backward pass, without searching for values.
+
+Gu et al. 2025 (arXiv 2505.14679), whose release this follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field, PositiveFloat
+from torch import Tensor
+
+from factpatch.edits import Edit
+from factpatch.lm import LM
+from factpatch.lm.anatomy import Projection
+from factpatch.methods.base import Config, Layers, Method, Traits
+from factpatch.methods.gradients import Gradients, gradients
+from factpatch.methods.insertion import finite, insert
+from factpatch.patches import LowRank, WeightPatch
+from factpatch.progress import Progress
+
+__all__ = ["Moments", "UltraEdit", "UltraEditConfig"]
+
+
+class UltraEditConfig(Config):
+    """Settings of UltraEdit."""
+
+    layers: Layers | None = Field(default=None, description="blocks to edit; default: from a third to two thirds up")
+    part: Literal["in", "out"] = Field(default="in", description="which MLP projections: into the MLP, or out of it")
+    lr: PositiveFloat = Field(default=1e-6, description="size of the change; must be chosen for each model")
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Count, mean and summed squared deviation of rows, such that those of two sets of rows can be joined."""
+
+    count: Float[Tensor, ""]
+    mean: Float[Tensor, " width"]
+    spread: Float[Tensor, " width"]
+
+    @classmethod
+    def of(cls, rows: Float[Tensor, "rows width"]) -> Moments:
+        """Of some rows, in float64."""
+        exact = rows.double()
+        mean = exact.mean(0)
+        return cls(torch.tensor(float(len(rows)), dtype=torch.double), mean, ((exact - mean) ** 2).sum(0))
+
+    def joined(self, other: Moments) -> Moments:
+        """Of both sets of rows together (Chan et al. 1983)."""
+        count = self.count + other.count
+        step = other.mean - self.mean
+        return Moments(
+            count,
+            self.mean + step * (other.count / count),
+            self.spread + other.spread + step**2 * (self.count * other.count / count),
+        )
+
+    def normalise(self, rows: Float[Tensor, "rows width"]) -> Float[Tensor, "rows width"]:
+        """Rows less the mean, over the standard deviation (of a sample); a column that never varies becomes 0."""
+        deviation = (self.spread / (self.count - 1).clamp(min=1)).sqrt()
+        return torch.where(deviation > 0, (rows.double() - self.mean) / deviation.clamp(min=1e-30), 0.0).float()
+
+    def packed(self) -> Float[Tensor, "3 width"]:
+        """As one tensor, to be kept in a patch."""
+        return torch.stack([self.count.expand_as(self.mean), self.mean, self.spread])
+
+    @classmethod
+    def unpacked(cls, tensor: Float[Tensor, "3 width"]) -> Moments:
+        """From `packed`."""
+        return cls(tensor[0, 0], tensor[1], tensor[2])
+
+
+class UltraEdit(Method[UltraEditConfig]):
+    """UltraEdit: each chosen module's inputs `H` and output gradients `G` at the answer's tokens give the change directly.
+
+    `Δᵀ = (Hᵀ H + I)⁻¹ Hᵀ V` with `V_i = -lr ‖ĥ_i‖² ĝ_i`, where `[ĥ, ĝ]` is `[h, g]` normalised by mean and deviation over
+    all edits so far: those of this batch, and of the UltraEdit patches that lie on the model.
+    """
+
+    name = "ultraedit"
+    config_type = UltraEditConfig
+    traits = Traits(
+        family="gradient to update",
+        phase="mastery",
+        paper="Gu et al. 2025, arXiv 2505.14679",
+        patch=WeightPatch,
+        joint=True,
+        needs="MLP projections",
+    )
+
+    def make(self, lm: LM, edits: tuple[Edit, ...], config: UltraEditConfig, progress: Progress) -> WeightPatch:
+        """One forward and backward pass, one solve for each module."""
+        layers = _layers(lm, config)
+        settled = config.model_copy(update={"layers": layers})
+        modules = [p for layer in layers for p in _projections(lm, layer, config.part)]
+        found = gradients(lm, modules, layers[0], edits, chat=config.chat, progress=progress)
+        own = {shape: Moments.of(rows) for shape, rows in _by_shape(found).items()}
+        state = {_STATE + shape: moments.packed() for shape, moments in own.items()}
+        changes: dict[Projection, LowRank] = {}
+        for i, (projection, pair) in enumerate(found.items()):
+            progress("Solving", i, len(found))
+            shape = _shape(projection)
+            normal = _with_earlier(lm, shape, own[shape]).normalise(pair.joined)
+            width = pair.inputs.shape[1]
+            h, g = normal[:, :width], normal[:, width:]
+            values = -config.lr * h.square().sum(1, keepdim=True) * g
+            changes[projection] = finite(insert(values.T, pair.inputs.T, ridge=1.0), self.name, edits)
+        progress("Solving", len(found), len(found))
+        return WeightPatch.of(self.provenance(lm, settled, edits), changes, state)
+
+
+_STATE = "ultraedit moments of "
+
+
+def _layers(lm: LM, config: UltraEditConfig) -> tuple[int, ...]:
+    n = lm.anatomy.n_layers
+    return config.layers or tuple(range(n // 3, max(n // 3 + 1, 2 * n // 3)))
+
+
+def _projections(lm: LM, layer: int, part: Literal["in", "out"]) -> Sequence[Projection]:
+    return lm.anatomy.mlp_in(layer) if part == "in" else [lm.anatomy.mlp_out(layer)]
+
+
+def _shape(projection: Projection) -> str:
+    return "x".join(str(n) for n in projection.matrix.shape)
+
+
+def _by_shape(found: Mapping[Projection, Gradients]) -> dict[str, Float[Tensor, "rows width"]]:
+    """All rows `[h, g]` of the modules of one shape, which share their mean and deviation."""
+    grouped: dict[str, list[Tensor]] = {}
+    for projection, pair in found.items():
+        grouped.setdefault(_shape(projection), []).append(pair.joined)
+    return {shape: torch.cat(rows) for shape, rows in grouped.items()}
+
+
+def _with_earlier(lm: LM, shape: str, moments: Moments) -> Moments:
+    """Joined with those that the patches on the model have kept, first to last."""
+    for patch in lm.patches:
+        if isinstance(patch, WeightPatch) and _STATE + shape in patch.state:
+            moments = Moments.unpacked(patch.state[_STATE + shape].to(moments.mean)).joined(moments)
+    return moments

@@ -1,0 +1,88 @@
+"""The one closed form against the papers' equations, each solved densely in float64."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from factpatch.errors import CannotEdit
+from factpatch.methods.insertion import finite, insert
+from factpatch.methods.moments import factorised
+from factpatch.patches import LowRank
+from factpatch.testing import tiny_edits
+
+
+def problem(seed, out=4, width=7, n=3):
+    """Residuals, keys, and a second moment of other keys."""
+    generator = torch.Generator().manual_seed(seed)
+    others = torch.randn(60, width, generator=generator) * torch.linspace(0.3, 2, width)
+    return (
+        torch.randn(out, n, generator=generator),
+        torch.randn(width, n, generator=generator),
+        others.T @ others / 60,
+    )
+
+
+def exact(change):
+    return change.u.double() @ change.v.double()
+
+
+@given(st.integers(0, 1000), st.integers(1, 9), st.sampled_from([0.1, 1.0, 50.0]))
+def test_memit_equals_the_dense_solve(seed, n, prior):
+    R, K, C = problem(seed, n=n)
+    R64, K64, C64 = R.double(), K.double(), C.double()
+    expected = R64 @ K64.T @ torch.linalg.inv(prior * C64 + K64 @ K64.T)
+    found = exact(insert(R, K, factorised(C, 1e-14), ridge=prior))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@given(st.integers(0, 1000), st.integers(1, 5))
+def test_emmet_meets_every_value_and_equals_the_dense_solve(seed, n):
+    R, K, C = problem(seed, n=n)
+    inverse = torch.linalg.inv(C.double())
+    expected = R.double() @ torch.linalg.inv(K.double().T @ inverse @ K.double()) @ K.double().T @ inverse
+    found = exact(insert(R, K, factorised(C, 1e-14)))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found @ K.double(), R.double(), rtol=1e-3, atol=1e-3)
+
+
+def test_a_ridge_in_no_metric_is_ridge_regression():
+    R, K, _ = problem(0)
+    R64, K64 = R.double(), K.double()
+    expected = R64 @ K64.T @ torch.linalg.inv(K64 @ K64.T + 2.5 * torch.eye(7, dtype=torch.double))
+    torch.testing.assert_close(exact(insert(R, K, ridge=2.5)), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_ridge_keeps_two_facts_with_one_key_from_tearing_the_matrix():
+    R, K, C = problem(0, n=2)
+    K[:, 1] = K[:, 0]
+    change = exact(insert(R, K, factorised(C, 1e-6), ridge=0.1))
+    assert change.norm() < 10 * R.double().norm()
+    torch.testing.assert_close(change @ K[:, 0].double(), R.double().mean(1), rtol=0.1, atol=0.05)
+
+
+def test_it_is_the_least_change_that_meets_the_values():
+    R, K, C = problem(1)
+    change = exact(insert(R, K, factorised(C, 1e-14)))
+    free = torch.eye(7, dtype=torch.double) - K.double() @ torch.linalg.pinv(K.double())
+
+    def cost(delta):
+        return torch.trace(delta @ C.double() @ delta.T)
+
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        other = torch.randn(4, 7, generator=generator, dtype=torch.double) @ free  # leaves the values as they are
+        assert cost(change + 0.1 * other) > cost(change)
+
+
+def test_its_rank_is_the_number_of_edits():
+    R, K, C = problem(2, n=3)
+    change = insert(R, K, factorised(C, 1e-6), ridge=1.0)
+    assert (change.u.shape, change.v.shape) == ((4, 3), (3, 7))
+    assert change.u.dtype == change.v.dtype == torch.float32
+
+
+def test_what_is_not_finite_is_refused_with_the_edits():
+    change = LowRank(torch.tensor([[float("nan")]]), torch.ones(1, 2))
+    with pytest.raises(CannotEdit, match="edit rome, ann: the update of memit is not finite"):
+        finite(change, "memit", tiny_edits())
