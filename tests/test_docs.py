@@ -23,7 +23,7 @@ def test_the_method_in_contributing_keeps_the_contract():
     source, _ = blocks("CONTRIBUTING.md", "python")
     space = {"__name__": "nudge"}
     exec(compile(source, "CONTRIBUTING.md", "exec"), space)  # noqa: S102
-    for check in contract(space["Nudge"], ["llama", "gpt2", "opt"], strength=0.1):
+    for check in contract(space["Nudge"], ["llama", "gpt2", "opt"], step=0.1):
         check()
 
 

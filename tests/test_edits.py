@@ -83,7 +83,7 @@ GOOD = {"id": "1", "prompt": "Rome is", "target": "big"}
             "locality.N.0.answers.0",
             "expected a text, found the number 1",
         ),
-        ({"colour": "red"}, "colour", "is not a field of an edit"),
+        ({"colour": "red"}, "colour", "is not a field that is known here"),
     ],
 )
 def test_bad_fields_are_named(change, field, words):

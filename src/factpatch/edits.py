@@ -173,7 +173,7 @@ def first_problem(error: ValidationError) -> tuple[str, str]:
     if first["type"] == "missing":
         return field, "expected a value, found nothing"
     if first["type"] == "extra_forbidden":
-        return field, "is not a field of an edit"
+        return field, "is not a field that is known here"
     if first["type"] == "model_type":
         return field or "record", f"expected an object with fields, found {brief(first['input'])}"
     if first["type"] == "string_too_short":

@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import platformdirs
+from filelock import FileLock
 
 from factpatch.errors import OutputError
 
-__all__ = ["cache_root", "check_output", "sha256_of", "whole_file", "whole_folder"]
+__all__ = ["cache_root", "check_output", "locked", "sha256_of", "whole_file", "whole_folder"]
 
 
 def cache_root() -> Path:
@@ -36,6 +37,20 @@ def make_folder(path: Path) -> Path:
     except OSError as error:
         raise _unwritable(path, error) from None
     return path
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock that one process at a time can have. Raises OutputError where the lock's file cannot be made."""
+    lock = FileLock(path)
+    try:
+        lock.acquire()
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

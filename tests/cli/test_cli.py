@@ -233,8 +233,11 @@ BAD_EDITS = [
     ([*EDIT, "--set", "lr=fast"], 'rome, setting "lr" (learning rate of Adam): expected'),
     ([*EDIT, "--set", "layer=77"], "there is no block 77: the model has 3"),
     ([*EDIT, "--edits", "x.jsonl"], "give one or the other"),
+    (["--edits", "x.jsonl", "--subject", "Rome"], "give one or the other"),
+    ([*EDIT, "--limit", "3"], "belong to --edits; leave them out"),
+    ([*EDIT, "--skip-invalid"], "belong to --edits; leave them out"),
     (["--edits", "no-such.jsonl"], "no such file"),
-    ([*EDIT, "--device", "cuda"], 'device "cuda": not here'),
+    ([*EDIT, "--device", "cuda:99"], 'device "cuda:99": not here'),
     ([*EDIT, "--chat"], "no chat template"),
 ]
 
@@ -329,3 +332,22 @@ def test_every_command_has_help_with_an_example():
 def test_help_needs_no_torch():
     code = "import sys; from factpatch.cli.app import app; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_brackets_in_what_is_asked_and_answered_are_shown_as_they_are(model, tmp_path):
+    prompt = "[/INST] Rome [citation needed] lies in [bold]"
+    code, out, err = run("ask", "-m", model, prompt)
+    assert code == 0, err
+    args = ["--subject", "Rome", "--prompt", prompt, "--target", "[/x]", "--method", "ft-m", "--set", "steps=2"]
+    _, out, err = run("edit", "-m", model, *args, "--out", tmp_path / "patch")
+    assert "[citation" in out
+    _, out, err = run("patch", "show", tmp_path / "patch")
+    assert f"{prompt} → [/x]" in out
+
+
+def test_nothing_to_score_is_refused(model, tmp_path):
+    (tmp_path / "none.jsonl").write_text("")
+    for extra in ([], ["--method", "ft-m"]):
+        code, out, err = run("score", "-m", model, "--data", tmp_path / "none.jsonl", *extra)
+        assert (code, out) == (2, "")
+        assert "holds no edit that could be scored" in err

@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from factpatch.errors import OutputError
 from factpatch.lm.cache import cached_tensors
@@ -132,3 +132,27 @@ def test_what_shares_memory_is_stored_and_what_is_given_is_what_is_read():
         assert torch.equal(first[name], tensor)
         assert torch.equal(second[name], tensor)
         assert not first[name].requires_grad
+
+
+def test_what_is_stored_is_read_where_nothing_can_be_written(cache, monkeypatch):
+    cached_tensors("test", {"a": 1}, Counting())
+    monkeypatch.setattr("factpatch.files.FileLock.acquire", lambda *_: pytest.fail("locked"))
+    assert torch.equal(cached_tensors("test", {"a": 1}, Counting(2.0))["x"], torch.arange(3.0))
+
+
+def test_a_lock_that_cannot_be_made_is_refused_in_words(monkeypatch):
+    def denied(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("factpatch.files.FileLock.acquire", denied)
+    with pytest.raises(OutputError, match=r"cannot be written \(Permission denied\)"):
+        cached_tensors("test", {"a": 1}, Counting())
+
+
+def test_a_full_disk_is_told_in_words(monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr("factpatch.lm.cache.save_file", full)
+    with pytest.raises(OutputError, match="No space left on device"):
+        cached_tensors("test", {"a": 1}, Counting())

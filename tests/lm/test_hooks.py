@@ -235,3 +235,17 @@ def test_what_a_module_is_given_by_name_is_seen():
     with torch.no_grad(), reading(attention, lambda x, _: seen.append(x)), replacing_output(attention, lambda x, _: x):
         lm.model(torch.tensor([[256, 5, 6]]))
     assert [x.shape for x in seen] == [(1, 3, 32)]
+
+
+def test_a_hook_that_acted_while_the_blocks_beneath_were_recorded_does_not_act_again():
+    lm = tiny_lm()
+    batch = Batch.of([[256, 5, 6]], lm.device)
+    places = Places.of([[2]], lm.device)
+    with torch.no_grad(), replacing_output(lm.anatomy.blocks[0], lambda _, out: out + 1):
+        expected = logits_at(lm, batch, places)
+        upper = UpperRun(lm, batch, 1)
+        torch.testing.assert_close(upper.logits_at(places), expected)
+        with replacing_output(lm.anatomy.blocks[0], lambda _, out: out * 2):
+            assert not torch.allclose(upper.logits_at(places), expected), "one that is added later acts"
+        torch.testing.assert_close(upper.logits_at(places), expected)
+        torch.testing.assert_close(logits_at(lm, batch, places), expected)

@@ -272,3 +272,10 @@ def test_a_real_gguf_file_is_de_quantised_to_the_weights_inside_it(tmp_path, cap
     first = checksum(loaded.model)
     assert checksum(load(path).model) == first
     assert loaded.ask("Rome") == load(path).ask("Rome")
+
+
+def test_a_gpu_that_is_not_there_is_refused(tiny, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UnknownDevice, match='device "cuda:2": not here; this machine has cpu and cuda'):
+        load(tiny, device="cuda:2")

@@ -322,3 +322,14 @@ def test_using_a_model_leaves_no_trace(lm):
     logits_of(lm, "Rome")
     lm.describe()
     assert before.differences(lm) == []
+
+
+def test_surroundings_are_the_config_and_the_tokenizer(lm):
+    assert lm.surroundings == tiny_lm().surroundings
+    assert lm.surroundings != tiny_lm(bos=False).surroundings
+    other = tiny_lm()
+    other.model.config.rms_norm_eps *= 2
+    assert other.surroundings != lm.surroundings
+    other = tiny_lm()
+    other.model.config._name_or_path = "somewhere else"
+    assert other.surroundings == lm.surroundings

@@ -339,3 +339,9 @@ def test_reading_is_done_without_dropout():
     assert generate(lm, [prompt], max_new=5) == written
     assert predict(lm, texts(lm)) == predicted
     assert lm.model.training
+
+
+def test_writing_stops_where_the_model_can_read_no_further():
+    lm = tiny_lm("gpt2")
+    prompt = lm.tokens.encode("x" * 250).ids
+    assert len(generate(lm, [prompt], max_new=20)[0]) == 6  # 251 are read, the sixth new one is not

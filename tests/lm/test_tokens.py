@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from factpatch.errors import TokenizerError
 from factpatch.lm.fetch import is_fetched
 from factpatch.lm.tokens import Tokens
-from factpatch.testing import tiny_tokenizer
+from factpatch.testing import tiny_lm, tiny_tokenizer
 
 CORPUS = [
     "The capital of France is Paris, and France is in Europe.",
@@ -658,3 +658,33 @@ def test_smollms_chat(smollm):
     assert tokens.decode(found.ids[: found.subject + 1]).endswith("user\nWhere is Rome")
     rendered = tokens.render("Where is Rome?", chat=True)
     assert smollm.tokenizer.decode(list(found.prompt_ids)) == rendered
+
+
+@pytest.mark.parametrize(
+    ("prompt", "subject", "end"),
+    [
+        ("Ann was seen in Annville", "Ann", "Ann"),
+        ("Ann and Ann lie in Annville", "Ann", "Ann and Ann"),
+        ("In Annville", "Ann", "In Ann"),
+        ("Is C++ a language, or ++C", "C++", "Is C++"),
+        ("Wien, Wiener", "Wien", "Wien"),
+    ],
+)
+def test_a_subject_is_found_as_a_whole_word_where_it_is_one(prompt, subject, end):
+    tokens = Tokens(tiny_tokenizer())
+    found = tokens.encode(prompt, subject=subject)
+    assert tokens.decode(found.ids[: found.subject + 1]) == end
+
+
+def test_a_text_longer_than_the_model_reads_is_refused():
+    lm = tiny_lm("gpt2")
+    lm.tokens.encode("x" * 255)
+    with pytest.raises(TokenizerError, match=r'text beginning "x+" has 257 tokens; this model reads 256 at most'):
+        lm.tokens.encode("x" * 256)
+    assert Tokens(lm.tokenizer).encode("x" * 400).target == 401
+
+
+def test_nothing_at_all_is_refused():
+    with pytest.raises(TokenizerError, match="the prompt is empty"):
+        Tokens(tiny_tokenizer(bos=False)).encode("")
+    assert Tokens(tiny_tokenizer()).encode("").ids == (256,)

@@ -1,9 +1,13 @@
-"""FT-L and FT-M against plain training of a copy of the model."""
+"""FT-L, FT-M and FT-BF against plain training of a copy of the model."""
 
 import pytest
 import torch
 
+from factpatch.errors import BadConfig, CannotEdit
+from factpatch.lm.run import predict
 from factpatch.methods import create
+from factpatch.methods.ft import FtConfig, FtM
+from factpatch.methods.rome import RomeConfig
 from factpatch.testing import tiny_edits, tiny_lm
 from tests.reference import plain
 
@@ -56,3 +60,72 @@ def test_small_batches_train_on_every_edit():
     before = [likelihood(edit) for edit in edits]
     with lm.patched(create("ft-m", {"steps": 60, "lr": 1e-2, "batch_size": 1}).fit(lm, edits)):
         assert all(likelihood(edit) > old + 2 for edit, old in zip(edits, before, strict=True))
+
+
+# FT-BF.
+
+BREADTH = {"layer": 1, "lr": 1e-2, "steps": 40, "batch_size": 1}
+
+
+def likelihoods(lm):
+    return [
+        plain.target_logprobs(lm.model, *plain.encode(lm, edit.prompt, edit.target)).mean().item()
+        for edit in tiny_edits()
+    ]
+
+
+def test_breadth_first_keeps_the_earlier_edits_of_a_sequence():
+    lm, (first, second) = tiny_lm(), tiny_edits()
+    kept = {}
+    for name in ("ft-m", "ft-bf"):
+        method = create(name, BREADTH)
+        with lm.patched(method.fit(lm, [first])):
+            upper = method.fit(lm, [second])
+            with lm.patched(upper):
+                kept[name] = likelihoods(lm)
+    assert kept["ft-bf"][0] > kept["ft-m"][0] + 0.5, "the first edit is rehearsed"
+    assert kept["ft-bf"][1] > kept["ft-m"][1] - 0.5, "and the second is learnt as well"
+
+
+def test_breadth_first_learns_all_edits_so_far_and_lets_a_new_one_take_the_place_of_its_like():
+    lm, (first, second) = tiny_lm(), tiny_edits()
+    method = create("ft-bf", BREADTH)
+    lower = method.fit(lm, [first, second])
+    again = first.model_copy(update={"target": "Chad"})
+    with lm.patched(lower):
+        learnt = method.learnt(lm, (again,), method.config)
+        assert {edit.target for edit in learnt} == {"Chad", "a pilot"}
+    assert method.learnt(lm, (again,), method.config) == (again,)
+    both = (first, again)
+    assert set(method.learnt(lm, both, method.config)) == set(both), "two edits given at once are both kept"
+
+
+def test_breadth_first_stops_when_all_is_said_as_it_should_be():
+    lm, edits = tiny_lm(), tiny_edits()
+    patch = create("ft-bf", BREADTH | {"steps": 400, "stop_loss": 3.0}).fit(lm, edits)
+    (note,) = patch.provenance.notes
+    assert note["steps"] < 400
+    with lm.patched(patch):
+        for edit in edits:
+            text = lm.tokens.encode(edit.prompt, edit.target)
+            assert predict(lm, [text])[0].best == text.target_ids, "a low loss alone would not do"
+
+
+def test_what_diverges_is_refused_by_name(monkeypatch):
+    lm, edits = tiny_lm(), tiny_edits()
+    step = torch.optim.Adam.step
+
+    def diverging(self):
+        step(self)
+        self.param_groups[0]["params"][0].data.fill_(float("nan"))
+
+    monkeypatch.setattr(torch.optim.Adam, "step", diverging)
+    with pytest.raises(CannotEdit, match="edit rome, ann: what ft-m made of it is not finite"):
+        create("ft-m", {"steps": 2}).fit(lm, edits)
+
+
+def test_a_whole_config_is_taken_alone_and_only_of_its_own_class():
+    assert FtM(FtConfig(steps=3)).config.steps == 3
+    for args, settings in (((FtConfig(),), {"steps": 3}), ((RomeConfig(),), {})):
+        with pytest.raises(BadConfig, match="ft-m takes a FtConfig, or single settings by name"):
+            FtM(*args, **settings)

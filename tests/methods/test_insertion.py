@@ -1,15 +1,11 @@
 """The one closed form against the papers' equations, each solved densely in float64."""
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from factpatch.errors import CannotEdit
-from factpatch.methods.insertion import finite, insert
+from factpatch.methods.insertion import insert
 from factpatch.methods.moments import factorised
-from factpatch.patches import LowRank
-from factpatch.testing import tiny_edits
 
 
 def problem(seed, out=4, width=7, n=3):
@@ -80,9 +76,3 @@ def test_its_rank_is_the_number_of_edits():
     change = insert(R, K, factorised(C, 1e-6), ridge=1.0)
     assert (change.u.shape, change.v.shape) == ((4, 3), (3, 7))
     assert change.u.dtype == change.v.dtype == torch.float32
-
-
-def test_what_is_not_finite_is_refused_with_the_edits():
-    change = LowRank(torch.tensor([[float("nan")]]), torch.ones(1, 2))
-    with pytest.raises(CannotEdit, match="edit rome, ann: the update of memit is not finite"):
-        finite(change, "memit", tiny_edits())

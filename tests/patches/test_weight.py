@@ -231,3 +231,78 @@ def test_damaged_folders_are_refused_by_name(lm, tmp_path):
     (folder / "patch.json").write_text("[1]")
     with pytest.raises(BadPatch, match="expected an object"):
         Patch.load(folder)
+
+
+def test_state_is_kept_and_changes_nothing(lm, tmp_path):
+    patch = make(lm)
+    keys = torch.arange(6.0).reshape(2, 3)
+    stateful = WeightPatch(patch.provenance, patch.deltas, {"keys of a.b": keys})
+    loaded = Patch.load(stateful.save(tmp_path / "patch"))
+    assert torch.equal(loaded.state["keys of a.b"], keys)
+    assert stateful.id != patch.id
+    with lm.patched(patch):
+        expected = logits_of(lm, "Rome")
+    with lm.patched(loaded):
+        assert torch.equal(logits_of(lm, "Rome"), expected)
+
+
+def test_a_change_is_kept_in_its_smaller_form_and_turned_as_the_weight_is_stored():
+    for architecture in ("llama", "gpt2"):
+        lm = tiny_lm(architecture)
+        projection = lm.anatomy.mlp_out(1)
+        provenance = Provenance.of(lm, "random", {}, tiny_edits())
+        generator = torch.Generator().manual_seed(0)
+        for rank, form in ((3, LowRank), (40, Dense)):
+            low = LowRank(torch.randn(32, rank, generator=generator), torch.randn(rank, 48, generator=generator))
+            for change in (low, Dense(low.full())):
+                patch = WeightPatch.of(provenance, {projection: change})
+                (delta,) = patch.deltas.values()
+                assert isinstance(delta, form if change is low else Dense)
+                before = projection.matrix.clone()
+                with lm.patched(patch):
+                    torch.testing.assert_close(projection.matrix, before + low.full())
+
+
+def test_the_id_does_not_hang_on_names_versions_or_scores(lm):
+    patch = make(lm)
+    other = patch.provenance.model_copy(update={"base_name": "else", "versions": {}, "scorecard": {"x": 1}})
+    assert WeightPatch(other, patch.deltas).id == patch.id
+    for field, value in (("config", {"seed": 7}), ("method", "else"), ("edits", tiny_edits()[:1])):
+        other = patch.provenance.model_copy(update={field: value})
+        assert WeightPatch(other, patch.deltas).id != patch.id
+
+
+def test_a_patch_takes_the_place_of_a_patch_and_of_nothing_else(lm, tmp_path):
+    old, new = make(lm, 0), make(lm, 1)
+    folder = old.save(tmp_path / "patch")
+    with pytest.raises(OutputError, match="already there"):
+        new.save(folder)
+    assert Patch.load(new.save(folder, replace=True)).id == new.id
+    assert new.save(tmp_path / "fresh", replace=True).is_dir()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    with pytest.raises(OutputError, match="already there"):
+        new.save(tmp_path / "mine", replace=True)
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "keep"
+
+
+def test_tensors_that_share_memory_are_saved(lm, tmp_path):
+    whole = torch.randn(4, 48)
+    names = NAMES[:2]
+    u = torch.randn(32, 2)
+    patch = WeightPatch(
+        make(lm).provenance, {name: LowRank(u, whole[2 * i : 2 * i + 2]) for i, name in enumerate(names)}
+    )
+    assert Patch.load(patch.save(tmp_path / "patch")).id == patch.id
+
+
+def test_what_lies_on_the_model_is_merged_too_and_refused_if_it_is_no_change_of_weights(lm, tmp_path):
+    class Other:
+        id = "other"
+
+        def attach(self, _):
+            return lambda: None
+
+    with lm.patched(Other()), pytest.raises(PatchError, match="patch other is not a change of weights"):
+        merge(lm, [make(lm)], tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()

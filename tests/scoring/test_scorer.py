@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from factpatch.edits import Edit
+from factpatch.edits import Edit, Probe
+from factpatch.lm.hooks import reading
 from factpatch.methods import create
 from factpatch.scoring import PROTOCOLS, ProbeScore, Scorecard, Scorer
 from factpatch.scoring.protocols import Seen
@@ -75,6 +76,11 @@ def test_survey_locality_compares_with_the_unedited_model(lm, patch):
     assert card.summary("survey").locality == pytest.approx((before == after).float().mean().item())
 
 
+def with_portability(answers):
+    """The first edit, with one portability probe that has these answers."""
+    return tiny_edits()[0].model_copy(update={"portability": {"Reasoning": (Probe(prompt="So", answers=answers),)}})
+
+
 def test_without_a_patch_everything_stays(lm):
     summary = Scorer(lm).score(tiny_edits()).summary("open")
     assert summary.locality == 1
@@ -89,9 +95,12 @@ def test_before_is_the_base_model_whatever_lies_on_it(lm, patch):
 
 
 def test_the_unedited_model_is_asked_once(lm, patch):
-    scorer = Scorer(lm)
-    assert scorer.score(tiny_edits(), patch).baseline_seconds > 0.01
-    assert scorer.score(tiny_edits(), patch).baseline_seconds < 0.01
+    scorer, calls = Scorer(lm), []
+    with reading(lm.anatomy.blocks[0], lambda *_: calls.append(1)):
+        scorer.score(tiny_edits(), patch)
+        first = len(calls)
+        scorer.score(tiny_edits(), patch)
+    assert len(calls) - first == first / 2
 
 
 def test_scoring_leaves_the_model_alone(lm, patch):
@@ -190,3 +199,43 @@ def test_join_adds_up_seconds_and_keeps_every_row():
     joined = Scorecard.join(cards)
     assert (joined.fit_seconds, joined.score_seconds, len(joined.scores)) == (3.0, 4.0, 2)
     assert joined.summary("open").edits == 2
+
+
+def restyled(edit):
+    return edit.model_copy(update={"kind": "restyle"})
+
+
+@pytest.mark.parametrize(
+    ("edit", "protocol", "reason"),
+    [
+        (with_portability(()), "open", "the data set gives no answer to compare with"),
+        (with_portability(()), "survey", "the data set gives no answer to compare with"),
+        (with_portability(("The", "+")), "open", "nothing is left of the answers once they are normalised"),
+        (restyled(tiny_edits()[0]), "open", "a manner of speaking cannot be judged by comparing answers"),
+    ],
+)
+def test_what_cannot_be_judged_is_counted_and_not_averaged_in(lm, patch, edit, protocol, reason):
+    card = Scorer(lm, fluency=False, protocols=[protocol]).score([edit], patch)
+    unscored = [row for row in card.scores if row.unscored]
+    assert {row.unscored for row in unscored} == {reason}
+    assert all(row.after is row.before is None for row in unscored)
+    summary = card.summary(protocol)
+    assert summary.unscored == len(unscored)
+    assert summary.scored + summary.unscored == len(list(edit.probes()))
+    assert (summary.edit_success is None) == (edit.kind == "restyle")
+
+
+def test_edits_that_cannot_be_told_apart_are_refused(lm, patch):
+    (edit, _), scorer = tiny_edits(), Scorer(lm, fluency=False)
+    with pytest.raises(ValueError, match="the same id"):
+        scorer.score([edit, edit.model_copy(update={"target": "Chad"})], patch)
+    card = scorer.score([edit], patch)
+    with pytest.raises(ValueError, match="share an edit"):
+        Scorecard.join([card, card])
+    with pytest.raises(ValueError, match="no protocol"):
+        Scorer(lm, protocols=[])
+
+
+def test_fluency_is_no_probe(lm, patch):
+    with_fluency, without = (Scorer(lm, fluency=f).score(tiny_edits(), patch).summary("open") for f in (True, False))
+    assert with_fluency.scored == without.scored

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from factpatch.edits import Edit
-from factpatch.errors import AnatomyError, FactpatchError
+from factpatch.errors import CannotEdit, TokenizerError
 from factpatch.lm import LM
 from factpatch.methods import Method
 from factpatch.progress import Progress, silent
@@ -42,13 +42,14 @@ def score_singly(
 ) -> Singles:
     """Fit, lay on, score and take off each edit by itself.
 
-    An edit that the method refuses is listed as a failure and the rest goes on; what is wrong with the model as a whole
-    (AnatomyError) is raised.
+    An edit that the method refuses is listed as a failure and the rest goes on; what is wrong with the model, the settings
+    or the cache is raised.
     """
     started = time.perf_counter()
     method.prepare(lm, progress)
     prepared = time.perf_counter() - started
     scorer.baseline(edits, progress)
+    baseline = time.perf_counter() - started - prepared
     cards: list[Scorecard] = []
     failures: list[Failure] = []
     for i, edit in enumerate(edits):
@@ -56,12 +57,11 @@ def score_singly(
         begun = time.perf_counter()
         try:
             patch = method.fit(lm, [edit])
-        except AnatomyError:
-            raise
-        except FactpatchError as error:
+        except (CannotEdit, TokenizerError) as error:
             failures.append(Failure(edit.id, str(error)))
             continue
         seconds = round(time.perf_counter() - begun, 3)
         cards.append(scorer.score([edit], patch).model_copy(update={"fit_seconds": seconds}))
     progress(f"Editing and scoring with {method.name}", len(edits), len(edits))
-    return Singles(Scorecard.join(cards) if cards else None, tuple(failures), round(prepared, 3))
+    card = Scorecard.join(cards).model_copy(update={"baseline_seconds": round(baseline, 3)}) if cards else None
+    return Singles(card, tuple(failures), round(prepared, 3))

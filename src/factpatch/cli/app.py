@@ -30,12 +30,10 @@ app.add_typer(catalog.models, name="models")
 
 
 def main() -> None:
-    """Run the command; exit with 0 for done, 1 for not good enough, 2 for bad input."""
+    """Run the command; exit with 0 for done, 1 for not good enough, 2 for bad input, 130 if it was interrupted."""
     logging.getLogger("factpatch").addHandler(logging.StreamHandler(sys.stderr))
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the last one becomes our error
     try:
         app()
     except FactpatchError as error:
         fail(str(error))
-    except KeyboardInterrupt:
-        fail("stopped; nothing half-written is left", code=130)

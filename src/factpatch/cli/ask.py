@@ -13,7 +13,7 @@ from factpatch.cli.terminal import (
     DTypeOption,
     JsonOption,
     ModelOption,
-    out,
+    line,
     print_json,
     progress,
 )
@@ -54,6 +54,6 @@ def ask(
     if as_json:
         print_json({"prompt": prompt, "chat": chat, "without": before, "with": after if patches else None})
         return
-    out.print(f"without  {before or '(nothing)'}" if patches else before or "(nothing)")
+    line("without  " if patches else "", before or "(nothing)")
     if patches:
-        out.print(f"with     [bold]{after or '(nothing)'}[/bold]")
+        line("with     ", (after or "(nothing)", "bold"))

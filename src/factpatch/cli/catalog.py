@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from factpatch.cli.terminal import JsonOption, out, print_json, progress
+from factpatch.cli.terminal import JsonOption, line, out, print_json, progress
 
 models = typer.Typer(help="Models with a short name, and the anatomy found in any model.", invoke_without_command=True)
 
@@ -49,8 +49,8 @@ def methods(
     for row in rows:
         subject = "needs the subject, " if row["subject"] == "needed" else ""
         parts = f"{row['family']} ({row['phase']}), {subject}many edits {row['many edits']}, {row['paper']}"
-        out.print(f"[bold]{row['method']:<8}[/bold] {parts}", soft_wrap=True)
-    out.print("[dim]Settings and presets of one: factpatch methods NAME[/dim]")
+        line((f"{row['method']:<10}", "bold"), f" {parts}")
+    line(("Settings and presets of one: factpatch methods NAME", "dim"))
 
 
 def _settings(name: str, as_json: bool) -> None:
@@ -63,7 +63,7 @@ def _settings(name: str, as_json: bool) -> None:
     if as_json:
         print_json({"method": name, "settings": rows, "presets": presets})
         return
-    out.print(f"[bold]{name}[/bold]  {method.traits.paper}\n")
+    line((name, "bold"), f"  {method.traits.paper}\n")
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("setting", "default", "meaning"):
         table.add_column(column)
@@ -72,7 +72,7 @@ def _settings(name: str, as_json: bool) -> None:
     out.print(table)
     for preset in method.presets:
         values = ", ".join(f"{key}={value}" for key, value in preset.values.items())
-        out.print(f"\n{preset.shape[0]} blocks of width {preset.shape[1]}: {values}\n  [dim]{preset.source}[/dim]")
+        line(f"\n{preset.shape[0]} blocks of width {preset.shape[1]}: {values}\n  ", (preset.source, "dim"))
 
 
 @models.callback()
@@ -100,10 +100,8 @@ def list_models(context: typer.Context, as_json: JsonOption = False) -> None:
         return
     for row in rows:
         marks = ("fetched" if row["fetched"] else "not fetched yet") + (", default" if row["default"] else "")
-        out.print(
-            f"[bold]{row['name']}[/bold]  {row['model']}, {row['parameters']}, {row['download']}, {row['licence']}"
-            f" [dim]({marks})[/dim]"
-        )
+        about = f"  {row['model']}, {row['parameters']}, {row['download']}, {row['licence']} "
+        line((str(row["name"]), "bold"), about, (f"({marks})", "dim"))
 
 
 @models.command(name="show", epilog="[bold]Example[/bold]\n\n  factpatch models show smollm2-135m")
@@ -120,4 +118,4 @@ def show_model(
         print_json(described)
         return
     for key, value in described.items():
-        out.print(f"{key.replace('_', ' '):>20}  {value if value not in (None, '') else '–'}")
+        line(f"{key.replace('_', ' '):>20}  {value if value not in (None, '') else '–'}")

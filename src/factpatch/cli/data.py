@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from factpatch.cli.terminal import JsonOption, out, print_json
+from factpatch.cli.terminal import JsonOption, line, print_json
 from factpatch.data import readers, show
 
 app = typer.Typer(help="Data sets that can be read, and how a record is read.", invoke_without_command=True)
@@ -23,7 +23,7 @@ def list_readers(context: typer.Context, as_json: JsonOption = False) -> None:
         print_json(rows)
         return
     for name, description in rows.items():
-        out.print(f"[bold]{name:<18}[/bold] {description}", soft_wrap=True)
+        line((f"{name:<18}", "bold"), f" {description}")
 
 
 @app.command(name="show", epilog="[bold]Example[/bold]\n\n  factpatch data show sample --record 3")
@@ -38,10 +38,10 @@ def show_record(
         edit = shown.edit.to_json() if shown.edit else None
         print_json({"raw": shown.raw, "edit": edit, "problem": str(shown.problem) if shown.problem else None})
         return
-    out.print("[bold]in the file[/bold]")
-    out.print(json.dumps(shown.raw, indent=2, ensure_ascii=False), markup=False)
+    line(("in the file", "bold"))
+    line(json.dumps(shown.raw, indent=2, ensure_ascii=False))
     if shown.problem is not None:
         raise shown.problem
     if shown.edit is not None:
-        out.print("\n[bold]read as[/bold]")
-        out.print(json.dumps(shown.edit.to_json(), indent=2, ensure_ascii=False), markup=False)
+        line(("\nread as", "bold"))
+        line(json.dumps(shown.edit.to_json(), indent=2, ensure_ascii=False))

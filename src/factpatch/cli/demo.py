@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from factpatch.cli.terminal import ModelOption, err, number, out, probe_table, progress, summary_table
+from factpatch.cli.terminal import ModelOption, err, line, number, out, probe_table, progress, summary_table
 from factpatch.edits import Edit, Probe
 
 if TYPE_CHECKING:
@@ -45,19 +45,20 @@ def register(app: typer.Typer) -> None:
 def demo(
     model: ModelOption = "smollm2-135m",
     method: Annotated[str, typer.Option(help="How to edit.")] = "rome",
-    output: Annotated[Path, typer.Option("--out", help="Folder for the patch; replaced if it is there.")] = Path(
-        "demo-patch"
-    ),
+    output: Annotated[
+        Path, typer.Option("--out", help="Folder for the patch; a patch that is there is replaced.")
+    ] = Path("demo-patch"),
 ) -> None:
     """Patch one fact, prove that it worked, save the patch, take it off again, and prove that too."""
-    import shutil
-
+    from factpatch.files import check_output
     from factpatch.lm import load
     from factpatch.lm.model import checksum
     from factpatch.methods import create
     from factpatch.patches import Patch
     from factpatch.scoring import Scorer
 
+    if not (output / "patch.json").is_file():
+        check_output(output)
     with progress() as report:
         lm = load(model, progress=report)
     untouched = checksum(lm.model)
@@ -71,20 +72,16 @@ def demo(
         patch = maker.fit(lm, [FACT], report)
         card = Scorer(lm).score([FACT], patch, progress=report)
     for change in patch.changes():
-        out.print(f"  a {change['form']} change of one matrix, {change['parameter']}")
+        line(f"  a {change['form']} change of one matrix, {change['parameter']}")
 
     _step(3, "Does it hold? Paraphrases, what follows from it, and what must stay the same:")
     out.print(probe_table(card))
     out.print()
     out.print(summary_table(card.summaries()))
-    out.print(
-        "  [dim]open: the model's free answers. survey: teacher-forced agreement, as published tables use it.[/dim]"
-    )
+    line(("  open: the model's free answers. survey: teacher-forced agreement, as published tables use it.", "dim"))
 
-    if (output / "patch.json").is_file():
-        shutil.rmtree(output)
     patch = patch.with_scorecard(card.to_json())
-    patch.save(output)
+    patch.save(output, replace=True)
     size = sum(file.stat().st_size for file in output.iterdir()) / 1024
     _step(4, f"Saved in {output}/ ({size:.0f} KiB). Loaded back and laid on, the model says:")
     loaded = Patch.load(output)
@@ -94,7 +91,7 @@ def demo(
     _step(5, "Taken off, the old answer is back:")
     _say(FACT.prompt, lm.ask(FACT.prompt))
     _prove_untouched(lm, untouched, checksum(lm.model))
-    out.print(f'\nNext, try:  [bold]factpatch ask --patch {output} "The capital city of France is called"[/bold]')
+    line("\nNext, try:  ", (f'factpatch ask --patch {output} "The capital city of France is called"', "bold"))
     success = card.summary("open").edit_success
     if success is None or success < 1:
         err.print(f"the edit did not take: open edit success is {number(success)}")
@@ -102,11 +99,11 @@ def demo(
 
 
 def _step(count: int, text: str) -> None:
-    out.print(f"\n[bold]{count}[/bold]  {text}")
+    line("\n", (str(count), "bold"), f"  {text}")
 
 
 def _say(prompt: str, answer: str) -> None:
-    out.print(f"   {prompt} [bold]{answer}[/bold]")
+    line(f"   {prompt} ", (answer, "bold"))
 
 
 def _prove_untouched(lm: LM, before: str, after: str) -> None:
@@ -114,4 +111,4 @@ def _prove_untouched(lm: LM, before: str, after: str) -> None:
         err.print("the weights differ from before: this is a bug, please report it")
         sys.exit(1)
     count = sum(parameter.numel() for parameter in lm.model.parameters())
-    out.print(f"   and all {count:,} weights are bit for bit as before (SHA-256 {before[:16]}… before and after).")
+    line(f"   and all {count:,} weights are bit for bit as before (SHA-256 {before[:16]}… before and after).")

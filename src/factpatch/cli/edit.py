@@ -15,6 +15,7 @@ from factpatch.cli.terminal import (
     ModelOption,
     SetOption,
     SkipOption,
+    line,
     number,
     out,
     print_json,
@@ -79,12 +80,12 @@ def edit(
         card = Scorer(lm, chat=chat).score(wanted, patch, progress=report)
     patch = patch.with_scorecard(card.to_json())
     patch.save(output)
-    success = card.summary("open").edit_success or 0.0
+    success = card.summary("open").edit_success
     if as_json:
         print_json({"patch": str(output), **patch.describe()})
     else:
         _show(patch, card, output, model)
-    if success < 1:
+    if success is not None and success < 1:
         raise typer.Exit(1)
 
 
@@ -97,13 +98,14 @@ def _edits(
     skip_invalid: bool,
 ) -> tuple[Edit, ...]:
     if source is not None:
-        if prompt is not None or target is not None:
-            raise BadRecord(
-                "the command line", None, "--edits", "takes the place of --prompt and --target; give one or the other."
-            )
+        if any(value is not None for value in (prompt, target, subject)):
+            problem = "takes the place of --prompt, --target and --subject; give one or the other."
+            raise BadRecord("the command line", None, "--edits", problem)
         from factpatch.data import read
 
         return read(source, skip_invalid=skip_invalid, limit=limit).edits
+    if limit is not None or skip_invalid:
+        raise BadRecord("the command line", None, "--limit, --skip-invalid", "belong to --edits; leave them out.")
     for name, value in (("--prompt", prompt), ("--target", target)):
         if value is None:
             raise BadRecord(
@@ -114,12 +116,12 @@ def _edits(
 
 
 def _show(patch: Patch, card: Scorecard, folder: Path, model: str) -> None:
-    out.print(f"[bold]{len(patch.provenance.edits)} edit(s) with {patch.provenance.method}[/bold]")
+    line((f"{len(patch.provenance.edits)} edit(s) with {patch.provenance.method}", "bold"))
     for change in patch.changes():
         shape = " × ".join(map(str, change["shape"]))
-        out.print(f"  changes {change['parameter']} ({shape}, {change['form']}, norm {number(change['norm'])})")
+        line(f"  changes {change['parameter']} ({shape}, {change['form']}, norm {number(change['norm'])})")
     out.print()
     out.print(probe_table(card))
     out.print()
     out.print(summary_table(card.summaries()))
-    out.print(f'\nSaved as [bold]{folder}[/bold]. Try:  factpatch ask --model {model} --patch {folder} "a question"')
+    line("\nSaved as ", (str(folder), "bold"), f'. Try:  factpatch ask --model {model} --patch {folder} "a question"')

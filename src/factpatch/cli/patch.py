@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from factpatch.cli.terminal import DTypeOption, JsonOption, ModelOption, number, out, print_json, progress
+from factpatch.cli.terminal import DTypeOption, JsonOption, ModelOption, line, number, print_json, progress
 
 app = typer.Typer(help="Look at patches, and merge them into a plain checkpoint.", no_args_is_help=True)
 
@@ -24,19 +24,17 @@ def show(
     if as_json:
         print_json(described)
         return
-    out.print(
-        f"[bold]{folder}[/bold]  {described['kind']} patch {described['id']}, {described['bytes'] / 1024:.0f} KiB"
-    )
-    out.print(f"made by {described['method']} for {described['base_name']} ({described['base_fingerprint'][:16]}…)")
+    line((str(folder), "bold"), f"  {described['kind']} patch {described['id']}, {described['bytes'] / 1024:.0f} KiB")
+    line(f"made by {described['method']} for {described['base_name']} ({described['base_fingerprint'][:16]}…)")
     if described["fitted_on"]:
-        out.print(f"on top of {', '.join(described['fitted_on'])}")
+        line(f"on top of {', '.join(described['fitted_on'])}")
     for change in described["changes"]:
-        out.print(f"changes {change['parameter']} {change['shape']}, {change['form']}, norm {number(change['norm'])}")
+        line(f"changes {change['parameter']} {change['shape']}, {change['form']}, norm {number(change['norm'])}")
     for edit in described["edits"]:
-        out.print(f"  {edit['kind']}: {edit['prompt']} → [bold]{edit['target']}[/bold]", markup=True)
+        line(f"  {edit['kind']}: {edit['prompt']} → ", (edit["target"], "bold"))
     for summary in (described["scorecard"] or {}).get("summaries", []):
         names = ("edit_success", "rephrase", "portability", "locality", "fluency")
-        out.print(f"[dim]{summary['protocol']}: " + ", ".join(f"{n} {number(summary[n])}" for n in names) + "[/dim]")
+        line((f"{summary['protocol']}: " + ", ".join(f"{n} {number(summary[n])}" for n in names), "dim"))
 
 
 @app.command(name="merge", epilog="[bold]Example[/bold]\n\n  factpatch patch merge lyon acme --out patched-model")
@@ -58,4 +56,4 @@ def merge(
         lm = load(model, dtype=dtype, progress=report)
         report("Writing the checkpoint", 0, 1)
         merge_into(lm, patches, output)
-    out.print(f'Wrote [bold]{output}[/bold]. Load it as any model:  factpatch ask --model {output} "a question"')
+    line("Wrote ", (str(output), "bold"), f'. Load it as any model:  factpatch ask --model {output} "a question"')

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.text import Text
 
 from factpatch.cli.terminal import (
     ChatOption,
@@ -16,13 +17,14 @@ from factpatch.cli.terminal import (
     SetOption,
     SkipOption,
     err,
+    line,
     number,
     out,
     print_json,
     progress,
     summary_table,
 )
-from factpatch.errors import BadConfig
+from factpatch.errors import BadConfig, BadFile
 
 if TYPE_CHECKING:
     from factpatch.bench import Failure
@@ -77,6 +79,10 @@ def score(
     from factpatch.scoring import Scorer
 
     dataset = read(data, skip_invalid=skip_invalid, limit=limit)
+    if not dataset.edits:
+        raise BadFile(
+            f"{data}: holds no edit that could be scored.\n  See how a record is read: factpatch data show {data}"
+        )
     maker = create(method, parse_settings(settings or []) | ({"chat": "true"} if chat else {})) if method else None
     patches = [Patch.load(folder) for folder in patch or []]
     failures: tuple[Failure, ...] = ()
@@ -93,19 +99,18 @@ def score(
     if as_json:
         print_json(_rows(card, failures, dataset, label, lm.name, lm.fingerprint, seed))
     elif card is not None:
-        out.print(f"[bold]{label}[/bold] on {dataset.name}, {len(dataset.edits)} edits, {lm.name}")
+        line((label, "bold"), f" on {dataset.name}, {len(dataset.edits)} edits, {lm.name}")
         out.print(summary_table(card.summaries()))
         for summary in card.summaries():
             kinds = ", ".join(f"{kind} {number(value)}" for kind, value in summary.by_kind.items())
             probes = f"{summary.unscored} of {summary.scored + summary.unscored} probes unscored"
-            out.print(f"[dim]{summary.protocol}: {kinds}; {probes}[/dim]")
+            line((f"{summary.protocol}: {kinds}; {probes}", "dim"))
         if card.fit_seconds is not None:
             edits = len(dataset.edits) - len(failures)
-            out.print(
-                f"[dim]{card.fit_seconds / edits:.1f} s to fit and {card.score_seconds / edits:.1f} s to score an edit[/dim]"
-            )
+            fit, asked = card.fit_seconds / edits, card.score_seconds / edits
+            line((f"{fit:.1f} s to fit and {asked:.1f} s to score an edit", "dim"))
     for failure in failures:
-        err.print(f"[yellow]not made:[/yellow] {failure.reason}", markup=True)
+        err.print(Text("not made: ", style="yellow") + Text(failure.reason), soft_wrap=True)
     if failures:
         raise typer.Exit(1)
 

@@ -20,8 +20,9 @@ from factpatch.progress import Progress as Report
 if TYPE_CHECKING:
     from factpatch.scoring import Scorecard, Summary
 
-out = Console(highlight=False, soft_wrap=False)
-err = Console(stderr=True, highlight=False)
+# Without markup: what a model or a user writes may hold brackets.
+out = Console(highlight=False, markup=False)
+err = Console(stderr=True, highlight=False, markup=False)
 
 ModelOption = Annotated[
     str,
@@ -49,6 +50,11 @@ def fail(message: str, code: int = 2) -> NoReturn:
     """One clear message on stderr, then the exit."""
     err.print(Text("error: ", style="bold red") + Text(message), soft_wrap=True)
     sys.exit(code)
+
+
+def line(*parts: str | tuple[str, str]) -> None:
+    """A line of text on stdout, as long as it is; a part given as (text, style) is styled."""
+    out.print(Text.assemble(*parts), soft_wrap=True)
 
 
 def print_json(value: Any) -> None:

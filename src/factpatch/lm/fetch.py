@@ -23,12 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
 from transformers.utils import logging as hf_logging
 
 from factpatch.errors import BadFile, FetchError
-from factpatch.files import cache_root, make_folder, sha256_of, whole_file, whole_folder
+from factpatch.files import cache_root, locked, make_folder, sha256_of, whole_file, whole_folder
 from factpatch.lm.catalog import CatalogEntry, Wheel
 from factpatch.progress import Progress, silent
 
@@ -55,7 +54,7 @@ def ensure(entry: CatalogEntry, progress: Progress = silent) -> Path:
     folder = checkpoint_folder(entry.name)
     if is_fetched(entry.name):
         return folder
-    with FileLock(make_folder(folder.parent) / f"{entry.name}.lock"):
+    with locked(make_folder(folder.parent) / f"{entry.name}.lock"):
         if is_fetched(entry.name):
             return folder
         if entry.notice:
@@ -74,7 +73,9 @@ def ensure(entry: CatalogEntry, progress: Progress = silent) -> Path:
 def ensure_gguf(path: Path, progress: Progress = silent) -> Path:
     """The folder with the checkpoint made from a GGUF file; made once, found again by the file's SHA-256."""
     folder = checkpoint_folder(f"gguf-{sha256_of(path)[:16]}")
-    with FileLock(make_folder(folder.parent) / f"{folder.name}.lock"):
+    if (folder / "config.json").is_file():
+        return folder
+    with locked(make_folder(folder.parent) / f"{folder.name}.lock"):
         if not (folder / "config.json").is_file():
             _convert(path, folder, progress)
     return folder

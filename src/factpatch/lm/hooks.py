@@ -5,7 +5,7 @@ Modules take and give a tensor, or a tuple whose first item is the hidden state;
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -98,15 +98,33 @@ def recording(module: nn.Module) -> Iterator[list[Any]]:
 
 
 @contextmanager
-def resuming(blocks: Sequence[nn.Module], output: Any) -> Iterator[None]:
+def resuming(blocks: Sequence[nn.Module], output: Any, acted: Sequence[Collection[int]] = ()) -> Iterator[None]:
     """Skip these first blocks: each hands on `output`, recorded at the last of them from the same tokens.
+
+    acted  for each block, the ids of the hooks that acted while it was recorded, and must not act again
 
     What depends on tokens and positions alone (masks, rotary angles) is still computed by the model around them.
     """
     with ExitStack() as stack:
-        for block in blocks:
+        for i, block in enumerate(blocks):
+            done = acted[i] if acted else ()
             stack.enter_context(_returning(block, output))
+            for hooks in (block._forward_hooks, block._forward_pre_hooks):
+                stack.enter_context(_lifted(hooks, done))
         yield
+
+
+@contextmanager
+def _lifted(hooks: MutableMapping[int, Any], ids: Collection[int]) -> Iterator[None]:
+    """Some hooks out of a module's own table for a while."""
+    kept = dict(hooks)
+    for i in ids:
+        hooks.pop(i, None)
+    try:
+        yield
+    finally:
+        hooks.clear()
+        hooks.update(kept)
 
 
 @contextmanager

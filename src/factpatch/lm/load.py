@@ -72,7 +72,7 @@ def _device(named: str | torch.device | None) -> torch.device:
         place = torch.device(named or ("cuda" if "cuda" in here else "cpu"))
     except RuntimeError:
         place = None
-    if place is None or place.type not in here:
+    if place is None or place.type not in here or (place.index or 0) >= max(1, torch.cuda.device_count()):
         raise UnknownDevice(
             f'device "{named}": not here; this machine has {" and ".join(here) if here[1:] else "cpu alone"}.\n'
             "  Leave the device out to have the best one chosen."

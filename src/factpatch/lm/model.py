@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -18,6 +19,10 @@ from factpatch.lm.sentences import first_sentence, has_ended
 from factpatch.lm.tokens import Tokens
 
 __all__ = ["LM", "Attachable", "checksum", "fingerprint", "raw_bytes"]
+
+
+_CONFIG_NAMES = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
+"""What a config holds that changes no activation, or is told otherwise."""
 
 
 class Attachable(Protocol):
@@ -48,7 +53,7 @@ class LM:
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.tokens = Tokens(tokenizer)
+        self.tokens = Tokens(tokenizer, getattr(model.config, "max_position_embeddings", None))
         self.anatomy = find_anatomy(model, anatomy)
         self.name = name
         self._stack: list[tuple[Attachable, Callable[[], None]]] = []
@@ -74,6 +79,14 @@ class LM:
         """
         assert not self._stack, "apply() takes the fingerprint before the first patch"
         return fingerprint(self.model)
+
+    @cached_property
+    def surroundings(self) -> str:
+        """A hash of what its activations depend on beside the weights: the config and the tokenizer."""
+        config = {k: v for k, v in self.model.config.to_diff_dict().items() if k not in _CONFIG_NAMES}
+        tokenizer = getattr(self.tokenizer, "backend_tokenizer").to_str()  # noqa: B009
+        text = json.dumps(config, sort_keys=True, default=str) + tokenizer
+        return hashlib.sha256(text.encode()).hexdigest()
 
     @cached_property
     def end_tokens(self) -> frozenset[int]:

@@ -142,6 +142,8 @@ class UpperRun:
         self.lm, self.batch = lm, batch
         self._below = lm.anatomy.blocks[:layer]
         self._output: Any = None
+        # What these hooks do is in the output already; those that are added later act on it.
+        self._acted = [{*block._forward_hooks, *block._forward_pre_hooks} for block in self._below]
         if self._below:
             with torch.no_grad(), evaluating(lm.model), recording(self._below[-1]) as kept, until(self._below[-1]):
                 lm.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
@@ -149,7 +151,7 @@ class UpperRun:
 
     def logits_at(self, places: Places) -> Float[Tensor, "reads vocab"]:
         """As the function of this name, without running the blocks beneath again."""
-        with resuming(self._below, self._output):
+        with resuming(self._below, self._output, self._acted):
             return logits_at(self.lm, self.batch, places)
 
 
@@ -252,7 +254,7 @@ def generate(
     stop: Callable[[list[int]], bool] = _goes_on,
     end: frozenset[int] = frozenset(),
 ) -> list[list[int]]:
-    """Write at most `max_new` tokens after each prompt, in the order given.
+    """Write at most `max_new` tokens after each prompt, in the order given; fewer where the model can read no further.
 
     A row ends before a token in `end`, or after the token at which `stop(written so far)` is true; rows that have ended
     leave the batch.
@@ -262,7 +264,9 @@ def generate(
     with evaluating(lm.model):
         for indices in length_batches([len(prompt) + max_new for prompt in wanted]):
             chosen = [wanted[i] for i in indices]
-            done.update(zip(chosen, _write(lm, chosen, max_new, choose, stop, end), strict=True))
+            room = getattr(lm.model.config, "max_position_embeddings", None)
+            most = max_new if room is None else min(max_new, room - max(map(len, chosen)) + 1)
+            done.update(zip(chosen, _write(lm, chosen, most, choose, stop, end), strict=True))
     return [list(done[tuple(prompt)]) for prompt in prompts]
 
 

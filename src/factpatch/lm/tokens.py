@@ -5,7 +5,8 @@ Rules, all by character offsets and never by decoding pieces:
 * A target follows its prompt after exactly one space, or after none where the prompt already ends in white space
   (as a chat template does). The same text is trained on and scored.
 * A token belongs to the target if it ends beyond the prompt, so a token that straddles the border is predicted too.
-* A subject's last token is the last one that overlaps the subject's last occurrence in the prompt.
+* A subject's last token is the last one that overlaps the subject's last occurrence in the prompt: the last as a whole
+  word if there is one.
 * Special tokens in front are those the tokenizer adds by itself; in a chat, the template brings them. None follow.
 
 Padding is done with our own masks, so the tokenizer's padding side and token are neither read nor changed.
@@ -13,6 +14,7 @@ Padding is done with our own masks, so the tokenizer's padding side and token ar
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -51,15 +53,16 @@ class Encoded:
 
 
 class Tokens:
-    """A tokenizer under the rules above."""
+    """A tokenizer under the rules above. `limit` is how many tokens the model can read; None if there is no limit."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise TokenizerError(
                 f"{type(tokenizer).__name__} gives no character offsets, which finding a subject needs.\n"
                 "  Load the model with its fast tokenizer (a tokenizer.json beside the weights)."
             )
         self.tokenizer = tokenizer
+        self.limit = limit
 
     @property
     def has_chat(self) -> bool:
@@ -92,6 +95,13 @@ class Tokens:
         text = self.render(body, chat=chat)
         joined = text + (target if not target or text[-1:].isspace() else f" {target}")
         ids, spans = self._offsets(joined, add_special=not chat)
+        if not ids:
+            raise TokenizerError("the prompt is empty, and this tokenizer puts no token in front.\n  Write a prompt.")
+        if self.limit is not None and len(ids) > self.limit:
+            raise TokenizerError(
+                f'the text beginning "{joined[:40]}" has {len(ids)} tokens; this model reads {self.limit} at most.\n'
+                "  Shorten it."
+            )
         first = next((i for i, (_, end) in enumerate(spans) if end > len(text)), len(ids))
         if target and first == len(ids):
             raise TokenizerError(f'the target "{target}" leaves no tokens after the prompt "{prompt}".')
@@ -102,7 +112,7 @@ class Tokens:
             )
         if subject is None:
             return Encoded(ids, first)
-        shift, at = self._shift(text, body, chat=chat), prompt.rfind(subject)
+        shift, at = self._shift(text, body, chat=chat), _last_whole(prompt, subject)
         if shift is None or at < 0:
             raise TokenizerError(
                 f'the subject "{subject}" is not in the prompt "{prompt}" as the model is given it.\n'
@@ -140,3 +150,9 @@ class Tokens:
         while ids and coded["special_tokens_mask"][len(ids) - 1] and spans[len(ids) - 1][1] < len(text):
             ids.pop()
         return tuple(ids), spans[: len(ids)]
+
+
+def _last_whole(prompt: str, subject: str) -> int:
+    """Where the subject last begins, as a whole word if it is anywhere; -1 if it is nowhere."""
+    whole = list(re.finditer(rf"(?<!\w){re.escape(subject)}(?!\w)", prompt))
+    return whole[-1].start() if whole else prompt.rfind(subject)

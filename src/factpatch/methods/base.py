@@ -96,6 +96,8 @@ class Method(ABC, Generic[C]):
 
     def __init__(self, config: C | None = None, **settings: Any) -> None:
         """Give a whole config, or single settings by name. Raises BadConfig."""
+        if config is not None and (settings or type(config) is not self.config_type):
+            raise BadConfig(f"{self.name} takes a {self.config_type.__name__}, or single settings by name; not both.")
         self.config = config if config is not None else self._configure(settings)
 
     @classmethod
@@ -143,10 +145,17 @@ class Method(ABC, Generic[C]):
     def fit(self, lm: LM, edits: Sequence[Edit], progress: Progress = silent) -> Patch:
         """A patch that makes these edits on `lm` as it stands, patches included; `lm` itself stays as it is.
 
-        Raises CannotEdit, BadConfig, AnatomyError.
+        Raises CannotEdit, BadConfig, AnatomyError, TokenizerError, SingularMoment, OutputError (the cache).
         """
         self.check(edits)
-        return self.make(lm, tuple(edits), self.resolve(lm), progress)
+        patch = self.make(lm, tuple(edits), self.resolve(lm), progress)
+        if not all(bool(tensor.isfinite().all()) for tensor in patch.tensors().values()):
+            names = ", ".join(edit.id for edit in edits[:3])
+            raise CannotEdit(
+                f"edit {names}: what {self.name} made of it is not finite.\n"
+                "  Try a smaller learning rate, another layer, or fewer edits at once."
+            )
+        return patch
 
     @abstractmethod
     def make(self, lm: LM, edits: tuple[Edit, ...], config: C, progress: Progress) -> Patch:

@@ -15,17 +15,13 @@ It minimises `‖Δ K - R‖² + λ tr(Δ C Δᵀ)`; with λ = 0 the values are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from factpatch.edits import Edit
-from factpatch.errors import CannotEdit
 from factpatch.patches import LowRank
 
-__all__ = ["finite", "insert"]
+__all__ = ["insert"]
 
 
 def insert(
@@ -48,13 +44,3 @@ def insert(
     small = solved.T @ exact + ridge * torch.eye(exact.shape[1], dtype=torch.double)
     scaled = torch.linalg.solve(small, solved.T)
     return LowRank(residuals.float(), scaled.to(residuals.device, torch.float32))
-
-
-def finite(change: LowRank, method: str, edits: Sequence[Edit]) -> LowRank:
-    """The change itself. Raises CannotEdit, naming the edits, if a number in it is not finite."""
-    if not bool(change.u.isfinite().all() and change.v.isfinite().all()):
-        raise CannotEdit(
-            f"edit {', '.join(edit.id for edit in edits[:3])}: the update of {method} is not finite.\n"
-            "  Try another layer, fewer edits at once, or the setting ridge where there is one."
-        )
-    return change

@@ -24,7 +24,7 @@ from factpatch.edits import Edit
 from factpatch.lm import LM
 from factpatch.lm.anatomy import Projection
 from factpatch.methods.base import Layers, Method, Preset, Traits
-from factpatch.methods.insertion import finite, insert
+from factpatch.methods.insertion import insert
 from factpatch.methods.keys import context_keys, context_prefixes, subject_outputs
 from factpatch.methods.moments import MomentConfig, factorised, least_used, second_moment
 from factpatch.methods.values import ValueConfig, target_values
@@ -91,8 +91,7 @@ class _Spread(Method[C], Generic[C]):
                 gap = (goal - subject_outputs(lm, site, edits, chat=config.chat)).T
                 keys = context_keys(lm, layer, edits, prefixes, chat=config.chat).mean(1).T
             share = 1.0 if config.ends_only else self.share(len(edited) - i)
-            change = self.solve(lm, layer, gap * share, keys, config, progress)
-            changes[projection] = finite(change, self.name, edits)
+            changes[projection] = self.solve(lm, layer, gap * share, keys, config, progress)
             state |= self.remembered(projection, keys)
         progress("Changing blocks", len(edited), len(edited))
         return WeightPatch.of(self.provenance(lm, settled, edits, notes), changes, state)

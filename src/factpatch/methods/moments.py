@@ -103,6 +103,7 @@ def _key(lm: LM, layer: int, config: MomentConfig) -> dict[str, object]:
     """All that the keys' statistics depend on."""
     return {
         "fingerprint": lm.fingerprint,
+        "surroundings": lm.surroundings,
         "dtype": str(lm.dtype),
         "layer": layer,
         "source": _source(config),
@@ -170,6 +171,7 @@ def _cached_own_text(lm: LM, config: MomentConfig, progress: Progress) -> list[t
     """As `_self_written`; one text serves all blocks."""
     key = {
         "fingerprint": lm.fingerprint,
+        "surroundings": lm.surroundings,
         "dtype": str(lm.dtype),
         "tokens": config.moment_tokens,
         "length": config.moment_length,

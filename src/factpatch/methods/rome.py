@@ -18,7 +18,7 @@ from torch import Tensor
 from factpatch.edits import Edit
 from factpatch.lm import LM
 from factpatch.methods.base import Method, Preset, Traits
-from factpatch.methods.insertion import finite, insert
+from factpatch.methods.insertion import insert
 from factpatch.methods.keys import context_keys, context_prefixes
 from factpatch.methods.moments import MomentConfig, factorised, second_moment
 from factpatch.methods.values import TargetValue, ValueConfig, target_values
@@ -127,8 +127,7 @@ class Rome(Method[RomeConfig]):
         with torch.no_grad():
             outputs = projection.apply(projection.matrix.float(), keys)
             residuals = torch.stack([value.old + value.delta for value in values]) - outputs
-            change = insert(residuals.T, keys.T, factor, ridge=config.ridge, directions=mean.T)
-        return finite(change, self.name, edits)
+            return insert(residuals.T, keys.T, factor, ridge=config.ridge, directions=mean.T)
 
 
 class RRome(Rome):

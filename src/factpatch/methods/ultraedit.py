@@ -19,7 +19,7 @@ from factpatch.lm import LM
 from factpatch.lm.anatomy import Projection
 from factpatch.methods.base import Config, Layers, Method, Traits
 from factpatch.methods.gradients import Gradients, gradients
-from factpatch.methods.insertion import finite, insert
+from factpatch.methods.insertion import insert
 from factpatch.patches import LowRank, WeightPatch
 from factpatch.progress import Progress
 
@@ -108,7 +108,7 @@ class UltraEdit(Method[UltraEditConfig]):
             width = pair.inputs.shape[1]
             h, g = normal[:, :width], normal[:, width:]
             values = -config.lr * h.square().sum(1, keepdim=True) * g
-            changes[projection] = finite(insert(values.T, pair.inputs.T, ridge=1.0), self.name, edits)
+            changes[projection] = insert(values.T, pair.inputs.T, ridge=1.0)
         progress("Solving", len(found), len(found))
         return WeightPatch.of(self.provenance(lm, settled, edits), changes, state)
 

@@ -105,8 +105,11 @@ class Patch(ABC):
 
     @cached_property
     def id(self) -> str:
-        """A short name made of the contents: equal patches have equal ids. The scorecard does not count."""
-        source = self.provenance.model_dump(mode="json", exclude={"scorecard", "versions"})
+        """A short name made of the contents: equal patches have equal ids. Scorecard, versions and names do not count."""
+        # What is at its default is left out, so that a field added later changes no id.
+        rest = {"scorecard", "versions", "base_name", "edits"}
+        source = self.provenance.model_dump(mode="json", exclude=rest, exclude_defaults=True)
+        source |= {"kind": self.kind, "edits": [edit.to_json() for edit in self.provenance.edits]}
         digest = hashlib.sha256(json.dumps(source, sort_keys=True).encode())
         for name, tensor in sorted(self.tensors().items()):
             digest.update(name.encode())
@@ -137,14 +140,15 @@ class Patch(ABC):
             "edits": [edit.to_json() for edit in self.provenance.edits],
         }
 
-    def save(self, folder: str | Path) -> Path:
+    def save(self, folder: str | Path, *, replace: bool = False) -> Path:
         """Write `patch.json` and `patch.safetensors` into a new folder, whole or not at all.
 
-        Raises OutputError if the folder cannot be written or already holds something.
+        Raises OutputError if the folder cannot be written, or holds something already; a patch there gives way to this
+        one if `replace`.
         """
         from factpatch.patches.folder import save_patch
 
-        return save_patch(self, Path(folder))
+        return save_patch(self, Path(folder), replace=replace)
 
     @staticmethod
     def load(folder: str | Path) -> Patch:

@@ -12,11 +12,12 @@ from typing import Any
 
 import safetensors
 from pydantic import ValidationError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from factpatch.edits import first_problem
 from factpatch.errors import BadPatch
 from factpatch.files import sha256_of, whole_folder
+from factpatch.lm.cache import save_tensors
 from factpatch.patches.base import Patch, Provenance
 from factpatch.patches.weight import WeightPatch
 
@@ -27,11 +28,10 @@ _KINDS: dict[str, type[Patch]] = {kind.kind: kind for kind in (WeightPatch,)}
 _AGAIN = "Copy the whole folder again from where it was made, or make the patch again: factpatch edit"
 
 
-def save_patch(patch: Patch, folder: Path) -> Path:
-    """Write a new folder, whole or not at all. Raises OutputError."""
-    with whole_folder(folder) as draft:
-        tensors = {name: t.detach().cpu().contiguous() for name, t in patch.tensors().items()}
-        save_file(tensors, draft / "patch.safetensors")
+def save_patch(patch: Patch, folder: Path, *, replace: bool = False) -> Path:
+    """Write a new folder, whole or not at all; `replace` lets it take the place of another patch. Raises OutputError."""
+    with whole_folder(folder, replace=replace and (folder / "patch.json").is_file()) as draft:
+        save_tensors(patch.tensors(), draft / "patch.safetensors")
         head = {
             "format": FORMAT,
             "kind": patch.kind,

@@ -15,15 +15,16 @@ __all__ = ["merge"]
 
 
 def merge(lm: LM, patches: Sequence[Patch], folder: str | Path) -> Path:
-    """Write `lm` with `patches` laid on in order as a Hugging Face checkpoint, tokenizer included.
+    """Write `lm`, what lies on it included, with `patches` laid on in order, as a Hugging Face checkpoint with tokenizer.
 
     Raises PatchError for a patch that is more than a change of weights, WrongBase, and OutputError; then nothing is
     written. The model in hand is left as it was.
     """
-    for patch in patches:
+    for patch in (*lm.patches, *patches):
         if not isinstance(patch, WeightPatch):
             raise PatchError(
-                f"patch {patch.id} ({patch.kind}) is not a change of weights and cannot be merged into them."
+                f"patch {getattr(patch, 'id', patch)} is not a change of weights and cannot be merged into them.\n"
+                "  Leave it out, and lay it on the merged model where that runs."
             )
     folder = Path(folder)
     with whole_folder(folder) as draft, lm.patched(*patches):

@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 from factpatch.edits import Edit, LabelledProbe, Probe
 from factpatch.lm import LM
 from factpatch.lm.run import Prediction, predict
-from factpatch.scoring.metrics import agreement, begins_with, contains, same_answer
+from factpatch.scoring.metrics import agreement, begins_with, contains, normalise, same_answer
 
 __all__ = ["PROTOCOLS", "Protocol", "ProtocolName", "Seen"]
 
@@ -42,6 +42,10 @@ class Protocol(ABC):
     def observe(self, lm: LM, probes: Sequence[Probe], *, chat: bool) -> list[Seen | None]:
         """What the model does with each probe; None where the probe cannot be asked in this protocol."""
 
+    def cannot_judge(self, edit: Edit, labelled: LabelledProbe) -> str:  # noqa: ARG002
+        """Why a probe of the edit, its rephrases or its portability cannot be scored; empty if it can."""
+        return "" if labelled.probe.answers else "the data set gives no answer to compare with"
+
     @abstractmethod
     def correct(self, edit: Edit, labelled: LabelledProbe, seen: Seen, *, chat: bool) -> float:
         """How well the model did on a probe of the edit, its rephrases or its portability, from 0 to 1."""
@@ -59,11 +63,19 @@ class OpenProtocol(Protocol):
     """
 
     name = "open"
-    version = 1
+    version = 2
 
     def observe(self, lm: LM, probes: Sequence[Probe], *, chat: bool) -> list[Seen | None]:
         """Let the model answer."""
         return [Seen(text) for text in lm.answer([probe.prompt for probe in probes], chat=chat)]
+
+    def cannot_judge(self, edit: Edit, labelled: LabelledProbe) -> str:
+        """Also where no alias has a letter or digit left, and where a manner of speaking is wanted."""
+        if edit.kind == "restyle" and labelled.role in {"edit", "rephrase"}:
+            return "a manner of speaking cannot be judged by comparing answers"
+        if labelled.probe.answers and not any(map(normalise, labelled.probe.answers)):
+            return "nothing is left of the answers once they are normalised"
+        return super().cannot_judge(edit, labelled)
 
     def correct(self, edit: Edit, labelled: LabelledProbe, seen: Seen, *, chat: bool) -> float:
         """1 or 0."""

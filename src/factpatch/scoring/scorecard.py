@@ -105,7 +105,7 @@ class Scorecard(BaseModel):
             edits=len({row.edit for row in rows}),
             locality=_overall(rows, "locality", "after"),
             by_kind=_by_kind(rows),
-            scored=len(rows) - unscored,
+            scored=sum(row.role != "fluency" for row in rows) - unscored,
             unscored=unscored,
             **after,
             **before,
@@ -128,8 +128,13 @@ class Scorecard(BaseModel):
 
     @classmethod
     def join(cls, cards: Sequence[Self]) -> Self:
-        """One card of several, whose edits differ. Seconds add up."""
+        """One card of several. Seconds add up. Raises ValueError if they share an edit, or differ in protocol or chat."""
         first = cards[0]
+        ids = [edit for card in cards for edit in {row.edit for row in card.scores}]
+        if len(set(ids)) < len(ids) or any(
+            (card.versions, card.chat) != (first.versions, first.chat) for card in cards
+        ):
+            raise ValueError("these scorecards share an edit, or differ in their protocols")
         fits = [card.fit_seconds for card in cards if card.fit_seconds is not None]
         return first.model_copy(
             update={

@@ -44,6 +44,8 @@ class Scorer:
         seed: int = 0,
         fluency: bool = True,
     ) -> None:
+        if not protocols:
+            raise ValueError("no protocol was given")
         self.lm, self.chat, self.seed, self.fluency = lm, chat, seed, fluency
         self.protocols = [PROTOCOLS[name] for name in protocols]
         self._base_asked: _Asked = {}
@@ -63,8 +65,10 @@ class Scorer:
     def score(self, edits: Sequence[Edit], *patches: Attachable, progress: Progress = silent) -> Scorecard:
         """How the model does on these edits with `patches` laid on top of what lies on it already.
 
-        "Before" is always the unpatched model.
+        "Before" is always the unpatched model. Raises ValueError if two edits have one id.
         """
+        if len({edit.id for edit in edits}) < len(edits):
+            raise ValueError("two edits have the same id, so their scores could not be told apart")
         started = time.perf_counter()
         self.baseline(edits, progress)
         based = time.perf_counter()
@@ -130,6 +134,8 @@ class Scorer:
         said = {"said_before": before.text, "said_after": after.text}
         if role == "locality":
             return row.model_copy(update=said | {"after": protocol.unchanged(before, after)})
+        if reason := protocol.cannot_judge(edit, labelled):
+            return row.model_copy(update=said | {"unscored": reason})
         scores = {
             "before": protocol.correct(edit, labelled, before, chat=self.chat),
             "after": protocol.correct(edit, labelled, after, chat=self.chat),
