@@ -11,6 +11,7 @@
     │   ├── AnatomyError       a part of the network that could not be found
     │   └── TokenizerError     a tokenizer that cannot do what editing needs
     ├── MethodError            the editing method
+    │   ├── MissingExtra       a library it needs is not installed
     │   ├── UnknownMethod      no such name
     │   ├── BadConfig          an unknown option, or a value out of bounds
     │   ├── CannotEdit         an edit this method cannot make, by its nature or on this model
@@ -40,6 +41,7 @@ __all__ = [
     "FactpatchError",
     "FetchError",
     "MethodError",
+    "MissingExtra",
     "ModelError",
     "OutputError",
     "PatchError",
@@ -107,6 +109,10 @@ class TokenizerError(ModelError):
 
 class MethodError(FactpatchError):
     """Something about the editing method."""
+
+
+class MissingExtra(MethodError):
+    """A method needs a library that is not installed."""
 
 
 class UnknownMethod(MethodError):

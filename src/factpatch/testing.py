@@ -150,14 +150,23 @@ def tiny_edits() -> tuple[Edit, ...]:
 
 def quick_settings(method: type[Method[Any]]) -> dict[str, Any]:
     """Settings that make a method quick rather than good, of those it has."""
-    quick = {"steps": 4, "contexts": 2, "moment_tokens": 512, "moment_length": 32}
+    quick = {
+        "steps": 4,
+        "contexts": 2,
+        "moment_tokens": 512,
+        "moment_length": 32,
+        "encoder": "words",
+        "threshold": 0.0,
+        "demonstrations": 1,
+    }
     return {key: value for key, value in quick.items() if key in method.config_type.model_fields}
 
 
 @torch.no_grad()
 def logits_of(lm: LM, text: str) -> Tensor:
     """Logits at every position of a text."""
-    ids = lm.tokens.encode(text).ids
+    (encoded,) = lm.encode([text])
+    ids = encoded.ids
     return logits_at(lm, Batch.of([ids], lm.device), Places.of([range(len(ids))], lm.device))
 
 
@@ -212,6 +221,7 @@ def _state(lm: LM) -> dict[str, Any]:
         "NumPy's random state": repr(np.random.get_state(legacy=True)),  # noqa: NPY002
         "gradients switched on": torch.is_grad_enabled(),
         "patches": [id(patch) for patch in lm.patches],
+        "contexts": len(lm.contexts),
     }
 
 

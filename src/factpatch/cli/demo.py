@@ -72,7 +72,7 @@ def demo(
         patch = maker.fit(lm, [FACT], report)
         card = Scorer(lm).score([FACT], patch, progress=report)
     for change in patch.changes():
-        line(f"  a {change['form']} change of one matrix, {change['parameter']}")
+        line(f"  changed: {change['part']} ({change['form']})")
 
     _step(3, "Does it hold? Paraphrases, what follows from it, and what must stay the same:")
     out.print(probe_table(card))

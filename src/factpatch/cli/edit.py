@@ -15,8 +15,8 @@ from factpatch.cli.terminal import (
     ModelOption,
     SetOption,
     SkipOption,
+    change_line,
     line,
-    number,
     out,
     print_json,
     probe_table,
@@ -118,8 +118,7 @@ def _edits(
 def _show(patch: Patch, card: Scorecard, folder: Path, model: str) -> None:
     line((f"{len(patch.provenance.edits)} edit(s) with {patch.provenance.method}", "bold"))
     for change in patch.changes():
-        shape = " × ".join(map(str, change["shape"]))
-        line(f"  changes {change['parameter']} ({shape}, {change['form']}, norm {number(change['norm'])})")
+        line(f"  {change_line(change)}")
     out.print()
     out.print(probe_table(card))
     out.print()

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from factpatch.cli.terminal import DTypeOption, JsonOption, ModelOption, line, number, print_json, progress
+from factpatch.cli.terminal import DTypeOption, JsonOption, ModelOption, change_line, line, number, print_json, progress
 
 app = typer.Typer(help="Look at patches, and merge them into a plain checkpoint.", no_args_is_help=True)
 
@@ -29,7 +29,7 @@ def show(
     if described["fitted_on"]:
         line(f"on top of {', '.join(described['fitted_on'])}")
     for change in described["changes"]:
-        line(f"changes {change['parameter']} {change['shape']}, {change['form']}, norm {number(change['norm'])}")
+        line(change_line(change))
     for edit in described["edits"]:
         line(f"  {edit['kind']}: {edit['prompt']} → ", (edit["target"], "bold"))
     for summary in (described["scorecard"] or {}).get("summaries", []):

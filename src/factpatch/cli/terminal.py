@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -99,6 +99,13 @@ class _Lines:
 def number(value: float | None, digits: int = 3) -> str:
     """A number for a table; a dash where there is none."""
     return "–" if value is None else f"{value:.{digits}f}"
+
+
+def change_line(change: Mapping[str, Any]) -> str:
+    """One row of `Patch.changes()` in words."""
+    shape = [" × ".join(map(str, change["shape"]))] if "shape" in change else []
+    norm = [f"norm {number(change['norm'])}"] if "norm" in change else []
+    return f"changes {change['part']} ({', '.join([*shape, change['form'], *norm])})"
 
 
 def summary_table(summaries: Sequence[Summary]) -> Table:

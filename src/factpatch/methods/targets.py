@@ -31,7 +31,7 @@ class TargetBatch:
     def __init__(
         self, lm: LM, texts: Sequence[Encoded], first: int = 0, reads: Sequence[Sequence[int]] | None = None
     ) -> None:
-        self.batch = Batch.of([text.ids for text in texts], lm.device)
+        self.batch = Batch.of_texts(texts, lm.device)
         self.upper = UpperRun(lm, self.batch, first)
         self.places = Places.of(reads or [range(text.target - 1, len(text.ids) - 1) for text in texts], lm.device)
         self.target = torch.tensor([t for text in texts for t in text.target_ids], device=lm.device)

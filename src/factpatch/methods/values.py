@@ -118,7 +118,7 @@ class _Search:
         self.bare = starts[:-1]
         essence = torch.tensor([end - 1 for end in starts[1:]], device=lm.device)
         self.owner = torch.tensor([i for i, own in enumerate(edits) for _ in own.texts], device=lm.device)
-        self.batch = Batch.of([text.ids for text in texts], lm.device)
+        self.batch = Batch.of_texts(texts, lm.device)
         self.subjects = torch.tensor([text.subject for text in texts], device=lm.device)
         self.upper = UpperRun(lm, self.batch, first)
         self.places = Places.of([_reads(text) for text in texts], lm.device)

@@ -94,14 +94,18 @@ class Patch(ABC):
     def tensors(self) -> dict[str, Tensor]:
         """All its numbers by name, as they are saved."""
 
+    def spec(self) -> dict[str, Any]:
+        """All else that it is made of, such as texts and places; JSON-ready."""
+        return {}
+
     @classmethod
     @abstractmethod
-    def from_tensors(cls, provenance: Provenance, tensors: Mapping[str, Tensor]) -> Self:
-        """The patch whose `tensors()` these are. Raises BadPatch if they do not fit together."""
+    def from_parts(cls, provenance: Provenance, spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        """The patch with this `spec()` and these `tensors()`. Raises BadPatch if they do not fit together."""
 
     @abstractmethod
     def changes(self) -> list[dict[str, Any]]:
-        """What is changed where, one JSON-ready row for each part touched."""
+        """What is changed where, one JSON-ready row for each part touched: `part` and `form`, with `norm` of weights."""
 
     @cached_property
     def id(self) -> str:
@@ -109,7 +113,7 @@ class Patch(ABC):
         # What is at its default is left out, so that a field added later changes no id.
         rest = {"scorecard", "versions", "base_name", "edits"}
         source = self.provenance.model_dump(mode="json", exclude=rest, exclude_defaults=True)
-        source |= {"kind": self.kind, "edits": [edit.to_json() for edit in self.provenance.edits]}
+        source |= {"kind": self.kind, "spec": self.spec(), "edits": [edit.to_json() for edit in self.provenance.edits]}
         digest = hashlib.sha256(json.dumps(source, sort_keys=True).encode())
         for name, tensor in sorted(self.tensors().items()):
             digest.update(name.encode())

@@ -7,7 +7,10 @@ so a file that was damaged, swapped or half copied is refused before it can reac
 from __future__ import annotations
 
 import json
+from importlib import import_module
+from importlib.metadata import entry_points
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any
 
 import safetensors
@@ -19,12 +22,10 @@ from factpatch.errors import BadPatch
 from factpatch.files import sha256_of, whole_folder
 from factpatch.lm.cache import save_tensors
 from factpatch.patches.base import Patch, Provenance
-from factpatch.patches.weight import WeightPatch
 
 __all__ = ["FORMAT", "load_patch", "save_patch"]
 
 FORMAT = 1
-_KINDS: dict[str, type[Patch]] = {kind.kind: kind for kind in (WeightPatch,)}
 _AGAIN = "Copy the whole folder again from where it was made, or make the patch again: factpatch edit"
 
 
@@ -38,6 +39,7 @@ def save_patch(patch: Patch, folder: Path, *, replace: bool = False) -> Path:
             "id": patch.id,
             "tensors_sha256": sha256_of(draft / "patch.safetensors"),
         }
+        head |= {"spec": patch.spec()} if patch.spec() else {}
         body = patch.provenance.model_dump(mode="json", exclude={"edits"})
         edits = [edit.to_json() for edit in patch.provenance.edits]
         text = json.dumps(head | body | {"edits": edits}, indent=2, ensure_ascii=False)
@@ -48,12 +50,15 @@ def save_patch(patch: Patch, folder: Path, *, replace: bool = False) -> Path:
 def load_patch(folder: Path) -> Patch:
     """Read a patch of any kind. Raises BadPatch, naming the file and what is wrong with it."""
     described = _read_json(folder)
-    kind = _KINDS.get(str(described.pop("kind", "")))
+    known = _kinds()
+    kind = known.get(str(described.pop("kind", "")))
     if kind is None:
         raise BadPatch(
-            f"{folder / 'patch.json'}: an unknown kind of patch; known: {', '.join(_KINDS)}.\n  Update factpatch."
+            f"{folder / 'patch.json'}: an unknown kind of patch; known: {', '.join(known)}.\n"
+            "  Update factpatch, or install the package that made it."
         )
     expected, claimed = described.pop("tensors_sha256", ""), described.pop("id", "")
+    spec = described.pop("spec", {})
     path = folder / "patch.safetensors"
     if not path.is_file():
         raise BadPatch(f"{path}: missing.\n  {_AGAIN}")
@@ -72,12 +77,25 @@ def load_patch(folder: Path) -> Patch:
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise BadPatch(f"{path}: {name} holds values that are not finite.\n  {_AGAIN}")
-    patch = kind.from_tensors(provenance, tensors)
+    patch = kind.from_parts(provenance, spec, tensors)
     if patch.id != claimed:
         raise BadPatch(
             f"{folder / 'patch.json'}: was changed after it was written (id {claimed} is now {patch.id}).\n  {_AGAIN}"
         )
     return patch
+
+
+def _kinds() -> dict[str, type[Patch]]:
+    """Kinds by name: those of this package's files, and those other packages add by the group `factpatch.patches`."""
+    for module in iter_modules([str(Path(__file__).parent)]):
+        import_module(f"{__package__}.{module.name}")
+    for point in entry_points(group="factpatch.patches"):
+        point.load()
+    return {
+        kind.kind: kind
+        for kind in sorted(Patch.__subclasses__(), key=lambda kind: kind.__name__)
+        if hasattr(kind, "kind")
+    }
 
 
 def _read_json(folder: Path) -> dict[str, Any]:

@@ -133,7 +133,12 @@ class WeightPatch(Patch):
         return changes | {f"{_STATE}{name}": t for name, t in self.state.items()}
 
     @classmethod
-    def from_tensors(cls, provenance: Provenance, tensors: Mapping[str, Tensor]) -> WeightPatch:
+    def from_parts(
+        cls,
+        provenance: Provenance,
+        spec: Mapping[str, Any],  # noqa: ARG003
+        tensors: Mapping[str, Tensor],
+    ) -> WeightPatch:
         """Group tensors by parameter."""
         grouped: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
@@ -158,9 +163,9 @@ class WeightPatch(Patch):
         """Parameter, shape, form and Frobenius norm of each change."""
         return [
             {
-                "parameter": name,
-                "shape": list(delta.shape),
+                "part": name,
                 "form": f"rank {delta.u.shape[1]}" if isinstance(delta, LowRank) else "dense",
+                "shape": list(delta.shape),
                 "norm": round(delta.norm(), 6),
             }
             for name, delta in self.deltas.items()

@@ -104,7 +104,7 @@ class SurveyProtocol(Protocol):
     def observe(self, lm: LM, probes: Sequence[Probe], *, chat: bool) -> list[Seen | None]:
         """Show the model each answer and read its guesses; a probe without answers cannot be asked."""
         askable = [probe for probe in probes if probe.answers]
-        texts = [lm.tokens.encode(probe.prompt, probe.answers[0], chat=chat) for probe in askable]
+        texts = lm.encode([probe.prompt for probe in askable], [probe.answers[0] for probe in askable], chat=chat)
         found: dict[Probe, Prediction] = dict(zip(askable, predict(lm, texts), strict=True))
         return [
             Seen(lm.tokens.decode(found[probe].best).strip(), found[probe].best, found[probe].target)

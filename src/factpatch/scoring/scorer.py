@@ -95,7 +95,7 @@ class Scorer:
             asked |= {(protocol.name, probe): one for probe, one in zip(probes, seen, strict=True)}
         progress(doing, steps - 1, steps)
         prompts = prompts if self.fluency else ()
-        encoded = [self.lm.tokens.encode(prompt, chat=self.chat).ids for prompt in prompts]
+        encoded = [text.ids for text in self.lm.encode(prompts, chat=self.chat)]
         sampler = Sampler(self.seed, _FLUENCY_TOP_K)
         written = generate(self.lm, encoded, max_new=FLUENCY_TOKENS, choose=sampler)
         progress(doing, steps, steps)

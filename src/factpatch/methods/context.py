@@ -1,0 +1,152 @@
+"""Editing through the prompt: ICE, IKE and plain retrieval. The model's weights are never touched.
+
+ICE        the survey, Zhang et al. 2024 (arXiv 2401.01286): the new fact before every question
+IKE        Zheng et al., EMNLP 2023 (arXiv 2305.12740): demonstrations of how a new fact is used, then the fact
+retrieval  the plain baseline that every editor should stand beside: the fact before the questions it is near to
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from pydantic import Field, PositiveInt
+
+from factpatch.data import read
+from factpatch.edits import Edit
+from factpatch.lm import LM
+from factpatch.lm.encoder import EncoderName, sentence_encoder
+from factpatch.methods.base import Config, Method, Traits
+from factpatch.patches.context import ContextPatch, Note, Recall
+from factpatch.progress import Progress, silent
+
+__all__ = ["Ice", "Ike", "IkeConfig", "Retrieval", "RetrievalConfig"]
+
+_ASKING = "Prompt: "
+
+
+class RecallConfig(Config):
+    """Settings of methods that find facts by meaning."""
+
+    encoder: EncoderName = Field(
+        default="minilm", description="what tells how near two texts are: minilm, or words (their pieces in common)"
+    )
+
+
+class RetrievalConfig(RecallConfig):
+    """Settings of retrieval."""
+
+    threshold: float = Field(default=0.6, ge=-1, le=1, description="how similar a fact must be to be shown")
+    most: PositiveInt = Field(default=1, description="facts shown with one question, at most")
+
+
+class IkeConfig(RecallConfig):
+    """Settings of IKE."""
+
+    demonstrations: int = Field(default=16, ge=0, description="examples shown before the fact")
+    corpus: str = Field(default="sample", description="edits to take them from, as NAME:PATH; see factpatch data")
+
+
+class Ice(Method[Config]):
+    """ICE: every new fact before every question, without demonstrations. What is unrelated is asked under them too."""
+
+    name = "ice"
+    config_type = Config
+    traits = Traits(
+        family="in context",
+        phase="recognition",
+        paper="Zhang et al. 2024, arXiv 2401.01286",
+        patch=ContextPatch,
+        joint=True,
+    )
+
+    def make(self, lm: LM, edits: tuple[Edit, ...], config: Config, progress: Progress) -> ContextPatch:  # noqa: ARG002
+        """Write the facts down."""
+        return ContextPatch(self.provenance(lm, config, edits), _facts(edits), _ASKING)
+
+
+class Retrieval(Method[RetrievalConfig]):
+    """Retrieval: a fact is shown before a question that is near to it in meaning, and before no other."""
+
+    name = "retrieval"
+    config_type = RetrievalConfig
+    traits = replace(
+        Ice.traits, paper="the baseline of Zhong et al. 2023, arXiv 2305.14795", prepares="a sentence encoder"
+    )
+
+    def prepare(self, lm: LM, progress: Progress = silent) -> None:
+        """Fetch the sentence encoder."""
+        sentence_encoder(self.resolve(lm).encoder, progress)
+
+    def make(self, lm: LM, edits: tuple[Edit, ...], config: RetrievalConfig, progress: Progress) -> ContextPatch:
+        """Write the facts down, to be found by their prompts."""
+        sentence_encoder(config.encoder, progress)
+        recall = Recall(encoder=config.encoder, threshold=config.threshold, most=config.most)
+        return ContextPatch(self.provenance(lm, config, edits), _facts(edits), _ASKING, recall)
+
+
+class Ike(Method[IkeConfig]):
+    """IKE: demonstrations that copy a new fact, carry it to a rephrase, or keep to what is unrelated; then the fact.
+
+    They are taken from a corpus of other edits, the nearest in meaning to the fact, in the ratio 1 : 3 : 4, nearest last.
+    Of several facts, the one nearest to the question is shown with its demonstrations.
+    """
+
+    name = "ike"
+    config_type = IkeConfig
+    traits = replace(
+        Ice.traits, paper="Zheng et al. 2023, arXiv 2305.12740", prepares="a sentence encoder, demonstrations"
+    )
+
+    def prepare(self, lm: LM, progress: Progress = silent) -> None:
+        """Fetch the sentence encoder."""
+        sentence_encoder(self.resolve(lm).encoder, progress)
+
+    def make(self, lm: LM, edits: tuple[Edit, ...], config: IkeConfig, progress: Progress) -> ContextPatch:
+        """Choose demonstrations for each fact."""
+        encoder = sentence_encoder(config.encoder, progress)
+        asked = {edit.prompt for edit in edits}
+        corpus = [edit for edit in read(config.corpus).edits if edit.prompt not in asked and edit.kind != "restyle"]
+        ordered = _ordered(edits)
+        notes = _facts(edits)
+        if config.demonstrations and corpus:
+            near = encoder.embed([_fact(edit) for edit in ordered]) @ encoder.embed([_fact(edit) for edit in corpus]).T
+            chosen = near.topk(min(config.demonstrations, len(corpus)), dim=1).indices.flip(1).tolist()
+            notes = tuple(
+                note.model_copy(update={"text": _demonstrations([corpus[i] for i in row]) + note.text})
+                for note, row in zip(notes, chosen, strict=True)
+            )
+        recall = Recall(encoder=config.encoder, threshold=-1.0, most=1)
+        return ContextPatch(self.provenance(lm, config, edits), notes, _ASKING, recall)
+
+
+def _ordered(edits: Sequence[Edit]) -> list[Edit]:
+    """In an order of their own, so that the order in which they are given does not count."""
+    return sorted(edits, key=lambda edit: (edit.prompt, edit.target))
+
+
+def _fact(edit: Edit) -> str:
+    return f"{edit.prompt} {edit.target}"
+
+
+def _facts(edits: Sequence[Edit]) -> tuple[Note, ...]:
+    return tuple(Note(text=f"New Fact: {_fact(edit)}\n", topic=edit.prompt) for edit in _ordered(edits))
+
+
+_KINDS = ("copy", "update", "update", "update", "retain", "retain", "retain", "retain")
+
+
+def _demonstrations(edits: Sequence[Edit]) -> str:
+    """One for each edit, of the three kinds in turn."""
+    return "".join(_demonstration(edit, _KINDS[i % len(_KINDS)]) for i, edit in enumerate(edits))
+
+
+def _demonstration(edit: Edit, kind: str) -> str:
+    """A fact, a question and its answer. An edit that has no probe of the kind wanted is copied."""
+    question, answer = edit.prompt, edit.target
+    kept = [probe for group in edit.locality.values() for probe in group if probe.answers]
+    if kind == "update" and edit.rephrases:
+        question = edit.rephrases[0]
+    elif kind == "retain" and kept:
+        question, answer = kept[0].prompt, kept[0].answers[0]
+    return f"New Fact: {_fact(edit)}\n{_ASKING}{question} {answer}\n\n"

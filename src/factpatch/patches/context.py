@@ -1,0 +1,124 @@
+"""`ContextPatch`: text put before what the model is asked. The weights stay as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from factpatch.edits import first_problem
+from factpatch.errors import BadPatch
+from factpatch.lm import LM
+from factpatch.lm.encoder import EncoderName, sentence_encoder
+from factpatch.patches.base import Patch, Provenance
+
+__all__ = ["ContextPatch", "Note", "Recall"]
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Note(_Value):
+    """Something to be read before a question, and what it is about: the text it is found by."""
+
+    text: str
+    topic: str
+
+
+class Recall(_Value):
+    """Which notes are read before a question: the `most` nearest in meaning, of those at least `threshold` similar.
+
+    Similarity is the cosine of sentence vectors, from -1 to 1.
+    """
+
+    encoder: EncoderName
+    threshold: float
+    most: int
+
+
+class _Spec(_Value):
+    notes: tuple[Note, ...]
+    asking: str
+    recall: Recall | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ContextPatch(Patch):
+    """Notes, each ending its own line, that are put before a question; then `asking`, then the question.
+
+    recall  which notes; None for all, in their order. Where none is near enough, the question is put as it is.
+    """
+
+    kind: ClassVar[str] = "context"
+    notes: tuple[Note, ...]
+    asking: str
+    recall: Recall | None = None
+
+    def attach(self, lm: LM) -> Callable[[], None]:
+        """Add itself to the model's contexts."""
+        self.check_base(lm)
+        lm.contexts.append(self)
+
+        def undo() -> None:
+            # By identity: two patches may be equal, and each takes off its own.
+            at = next(i for i, context in enumerate(lm.contexts) if context is self)
+            del lm.contexts[at]
+
+        return undo
+
+    def before(self, prompts: Sequence[str]) -> list[str]:
+        """The text for each prompt; the nearest note stands last, next to the question."""
+        if self.recall is None:
+            return ["".join(note.text for note in self.notes) + self.asking] * len(prompts)
+        chosen = self.similarity(prompts).topk(min(self.recall.most, len(self.notes)), dim=1)
+        texts = []
+        for scores, indices in zip(chosen.values.tolist(), chosen.indices.tolist(), strict=True):
+            near = [i for score, i in zip(scores, indices, strict=True) if score >= self.recall.threshold]
+            text = "".join(self.notes[i].text for i in reversed(near))
+            texts.append(text + self.asking if near else "")
+        return texts
+
+    def similarity(self, prompts: Sequence[str]) -> Float[Tensor, "prompts notes"]:
+        """Cosine of each prompt with each note's topic."""
+        assert self.recall is not None
+        return sentence_encoder(self.recall.encoder).embed(prompts) @ self._topics.T
+
+    @cached_property
+    def _topics(self) -> Float[Tensor, "notes width"]:
+        assert self.recall is not None
+        return sentence_encoder(self.recall.encoder).embed([note.topic for note in self.notes])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """None of weight; safetensors wants one."""
+        return {"none": torch.zeros(1)}
+
+    def spec(self) -> dict[str, Any]:
+        """Notes and how they are recalled."""
+        return _Spec(notes=self.notes, asking=self.asking, recall=self.recall).model_dump(mode="json")
+
+    @classmethod
+    def from_parts(
+        cls,
+        provenance: Provenance,
+        spec: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],  # noqa: ARG003
+    ) -> ContextPatch:
+        """From what `spec` gave."""
+        try:
+            read = _Spec.model_validate(spec)
+        except ValidationError as error:
+            field, problem = first_problem(error)
+            raise BadPatch(f'patch.json, "spec.{field}": {problem}\n  Make the patch again: factpatch edit') from None
+        return ContextPatch(provenance, read.notes, read.asking, read.recall)
+
+    def changes(self) -> list[dict[str, Any]]:
+        """One row: the prompt."""
+        which = "all" if self.recall is None else f"up to {self.recall.most} by meaning"
+        return [{"part": "what is asked", "form": f"{len(self.notes)} notes before it, {which}"}]
