@@ -151,6 +151,16 @@ class Anatomy:
         ]
         return tuple(projection for projection in found if projection.module is not out.module)
 
+    def queries_and_values(self, layer: int) -> tuple[Projection, ...]:
+        """The attention's maps to queries and to values in block `layer`, or the one map to all three where they are fused."""
+        attention = self.block(layer).get_submodule(self.layout.attention)
+        names = [
+            f"{self.layout.attention}.{name}" for name, width, _ in _linear_maps(attention) if width == self.hidden_size
+        ]
+        names.remove(self.layout.attention_out) if self.layout.attention_out in names else None
+        apart = [name for name in names if name.rpartition(".")[2][0] in "qv"]
+        return tuple(self._projection(layer, name) for name in (apart if len(names) > 1 else names))
+
     def attention_out(self, layer: int) -> Projection:
         """The attention's output projection of block `layer`."""
         return self._projection(layer, self.layout.attention_out)

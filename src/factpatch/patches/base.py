@@ -81,6 +81,7 @@ class Patch(ABC):
     """
 
     kind: ClassVar[str]
+    tensor_file: ClassVar[str] = "patch.safetensors"
     provenance: Provenance
 
     @abstractmethod
@@ -96,6 +97,10 @@ class Patch(ABC):
 
     def spec(self) -> dict[str, Any]:
         """All else that it is made of, such as texts and places; JSON-ready."""
+        return {}
+
+    def files(self) -> dict[str, str]:
+        """Further text files that other programs look for in its folder; they are written, never read."""
         return {}
 
     @classmethod
@@ -145,7 +150,7 @@ class Patch(ABC):
         }
 
     def save(self, folder: str | Path, *, replace: bool = False) -> Path:
-        """Write `patch.json` and `patch.safetensors` into a new folder, whole or not at all.
+        """Write `patch.json` and its tensors into a new folder, whole or not at all.
 
         Raises OutputError if the folder cannot be written, or holds something already; a patch there gives way to this
         one if `replace`.

@@ -32,12 +32,14 @@ _AGAIN = "Copy the whole folder again from where it was made, or make the patch 
 def save_patch(patch: Patch, folder: Path, *, replace: bool = False) -> Path:
     """Write a new folder, whole or not at all; `replace` lets it take the place of another patch. Raises OutputError."""
     with whole_folder(folder, replace=replace and (folder / "patch.json").is_file()) as draft:
-        save_tensors(patch.tensors(), draft / "patch.safetensors")
+        save_tensors(patch.tensors(), draft / patch.tensor_file)
+        for name, content in patch.files().items():
+            (draft / name).write_text(content, encoding="utf-8")
         head = {
             "format": FORMAT,
             "kind": patch.kind,
             "id": patch.id,
-            "tensors_sha256": sha256_of(draft / "patch.safetensors"),
+            "tensors_sha256": sha256_of(draft / patch.tensor_file),
         }
         head |= {"spec": patch.spec()} if patch.spec() else {}
         body = patch.provenance.model_dump(mode="json", exclude={"edits"})
@@ -59,7 +61,7 @@ def load_patch(folder: Path) -> Patch:
         )
     expected, claimed = described.pop("tensors_sha256", ""), described.pop("id", "")
     spec = described.pop("spec", {})
-    path = folder / "patch.safetensors"
+    path = folder / kind.tensor_file
     if not path.is_file():
         raise BadPatch(f"{path}: missing.\n  {_AGAIN}")
     if sha256_of(path) != expected:

@@ -16,7 +16,7 @@ from factpatch.lm import LM
 from factpatch.lm.anatomy import Projection
 from factpatch.patches.base import Patch, Provenance
 
-__all__ = ["Delta", "Dense", "LowRank", "WeightPatch"]
+__all__ = ["Delta", "Dense", "LowRank", "WeightPatch", "point"]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -124,8 +124,8 @@ class WeightPatch(Patch):
                 )
         changed = {name: _plus(parameters[name].data, delta) for name, delta in self.deltas.items()}
         kept = {name: parameters[name].data for name in self.deltas}
-        _point(parameters, changed)
-        return partial(_point, parameters, kept)
+        point(parameters, changed)
+        return partial(point, parameters, kept)
 
     def tensors(self) -> dict[str, Tensor]:
         """`<parameter>.u` and `.v`, or `<parameter>.dense`; `state:<name>` for state."""
@@ -188,6 +188,7 @@ def _plus(weight: Tensor, delta: Delta) -> Tensor:
     return (weight.float() + delta.full().to(weight.device, torch.float32)).to(weight.dtype)
 
 
-def _point(parameters: Mapping[str, Tensor], at: Mapping[str, Tensor]) -> None:
+def point(parameters: Mapping[str, Tensor], at: Mapping[str, Tensor]) -> None:
+    """Let each named parameter hold another tensor."""
     for name, tensor in at.items():
         parameters[name].data = tensor
