@@ -153,10 +153,11 @@ def quick_settings(method: type[Method[Any]]) -> dict[str, Any]:
     quick = {
         "steps": 4,
         "contexts": 2,
+        "integral_steps": 4,
         "moment_tokens": 512,
         "moment_length": 32,
         "encoder": "words",
-        "threshold": 0.0,
+        "similarity": 0.0,
         "demonstrations": 1,
     }
     return {key: value for key, value in quick.items() if key in method.config_type.model_fields}
@@ -277,7 +278,10 @@ def _case(method: type[Method[Any]], architecture: str, settings: str) -> _Case:
     return _Case(method, architecture, json.loads(settings))
 
 
-_TEXT = "Rome lies in Peru. Who is Ann Lee? a pilot"
+def _read(lm: LM) -> Tensor:
+    """Logits over the edits' own prompts, and over a text with all of them."""
+    texts = [edit.prompt for edit in tiny_edits()] + ["Rome lies in Peru. Who is Ann Lee? a pilot"]
+    return torch.cat([logits_of(lm, text) for text in texts])
 
 
 def fit_changes_nothing(case: _Case) -> None:
@@ -294,9 +298,9 @@ def fit_changes_nothing(case: _Case) -> None:
 
 def patch_does_something(case: _Case) -> None:
     """Under the patch the model's predictions differ, and are finite."""
-    before = logits_of(case.lm, _TEXT)
+    before = _read(case.lm)
     with case.lm.patched(case.patch):
-        after = logits_of(case.lm, _TEXT)
+        after = _read(case.lm)
     assert after.isfinite().all()
     assert not torch.equal(before, after), "the patch has no effect"
 
@@ -317,11 +321,11 @@ def stack_comes_off_in_any_order(case: _Case) -> None:
     lm, lower, upper = case.lm, case.patch, case.other
     before = Snapshot.of(lm)
     with lm.patched(upper):
-        alone = logits_of(lm, _TEXT)
+        alone = _read(lm)
     lm.apply(lower)
     lm.apply(upper)
     lm.remove(lower)
-    assert torch.equal(logits_of(lm, _TEXT), alone)
+    assert torch.equal(_read(lm), alone)
     lm.remove(upper)
     assert before.differences(lm) == []
 
@@ -332,9 +336,9 @@ def save_then_load_acts_the_same(case: _Case) -> None:
         loaded = Patch.load(case.patch.save(Path(folder) / "patch"))
     assert loaded.id == case.patch.id
     with case.lm.patched(case.patch):
-        expected = logits_of(case.lm, _TEXT)
+        expected = _read(case.lm)
     with case.lm.patched(loaded):
-        assert torch.equal(logits_of(case.lm, _TEXT), expected)
+        assert torch.equal(_read(case.lm), expected)
 
 
 def seed_fixes_the_patch(case: _Case) -> None:
@@ -355,16 +359,16 @@ def many_edits_are_as_claimed(case: _Case) -> None:
     """Made jointly, their order does not matter; otherwise a batch equals one edit after the other."""
     lm, edits = case.lm, case.edits
     with lm.patched(case.make().fit(lm, edits)):
-        batch = logits_of(lm, _TEXT)
+        batch = _read(lm)
     if case.method.traits.joint:
         with lm.patched(case.make().fit(lm, edits[::-1])):
-            other = logits_of(lm, _TEXT)
+            other = _read(lm)
     else:
         first = case.make().fit(lm, edits[:1])
         with lm.patched(first):
             second = case.make().fit(lm, edits[1:])
         with lm.patched(first, second):
-            other = logits_of(lm, _TEXT)
+            other = _read(lm)
     torch.testing.assert_close(batch, other, rtol=2e-3, atol=2e-3)
 
 

@@ -28,7 +28,7 @@ def test_ice_shows_every_fact_before_every_question(lm):
 
 
 def test_retrieval_shows_a_fact_to_its_own_questions_alone(lm):
-    patch = create("retrieval", {"encoder": "words", "threshold": 0.5}).fit(lm, tiny_edits())
+    patch = create("retrieval", {"encoder": "words", "similarity": 0.5}).fit(lm, tiny_edits())
     assert given(lm, patch, "Rome is in") == "New Fact: Rome lies in Peru\nPrompt: Rome is in"
     assert given(lm, patch, "Who is Ann Lee by trade?") == (
         "New Fact: Who is Ann Lee? a pilot\nPrompt: Who is Ann Lee by trade?"

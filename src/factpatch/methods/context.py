@@ -36,7 +36,7 @@ class RecallConfig(Config):
 class RetrievalConfig(RecallConfig):
     """Settings of retrieval."""
 
-    threshold: float = Field(default=0.6, ge=-1, le=1, description="how similar a fact must be to be shown")
+    similarity: float = Field(default=0.6, ge=-1, le=1, description="how similar a fact must be to be shown")
     most: PositiveInt = Field(default=1, description="facts shown with one question, at most")
 
 
@@ -81,7 +81,7 @@ class Retrieval(Method[RetrievalConfig]):
     def make(self, lm: LM, edits: tuple[Edit, ...], config: RetrievalConfig, progress: Progress) -> ContextPatch:
         """Write the facts down, to be found by their prompts."""
         sentence_encoder(config.encoder, progress)
-        recall = Recall(encoder=config.encoder, threshold=config.threshold, most=config.most)
+        recall = Recall(encoder=config.encoder, threshold=config.similarity, most=config.most)
         return ContextPatch(self.provenance(lm, config, edits), _facts(edits), _ASKING, recall)
 
 
