@@ -333,3 +333,16 @@ def test_surroundings_are_the_config_and_the_tokenizer(lm):
     other = tiny_lm()
     other.model.config._name_or_path = "somewhere else"
     assert other.surroundings == lm.surroundings
+
+
+def test_what_depends_on_the_base_alone_is_computed_once_and_without_patches(lm):
+    log, seen = [], []
+
+    def compute():
+        seen.append(lm.patches)
+        return len(seen)
+
+    with lm.patched(Noted("a", log)):
+        assert [lm.once(key, compute) for key in ("x", "y", "x")] == [1, 2, 1]
+        assert len(lm.patches) == 1
+    assert seen == [(), ()]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from factpatch.lm.tokens import Encoded, Tokens
 
 __all__ = ["LM", "Attachable", "Context", "checksum", "fingerprint", "raw_bytes"]
 
+
+T = TypeVar("T")
 
 _CONFIG_NAMES = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
 """What a config holds that changes no activation, or is told otherwise."""
@@ -67,6 +69,7 @@ class LM:
         self.name = name
         self.contexts: list[Context] = []
         self._stack: list[tuple[Attachable, Callable[[], None]]] = []
+        self._memory: dict[Hashable, Any] = {}
 
     @property
     def device(self) -> torch.device:
@@ -167,6 +170,14 @@ class LM:
                 before[prompt] += text
         pairs = zip(prompts, targets or [""] * len(prompts), strict=True)
         return [self.tokens.encode(prompt, target, prefix=before[prompt], chat=chat) for prompt, target in pairs]
+
+    def once(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """What depends on the base model alone, computed once while it is in hand; `key` holds all else it depends on."""
+        if key not in self._memory:
+            with self.unpatched():
+                self._memory[key] = compute()
+        found: T = self._memory[key]
+        return found
 
     def answer(self, prompts: Sequence[str], *, chat: bool = False, max_new: int = 64) -> list[str]:
         """What the model says by itself: greedy, until it ends, a new line or the end of a sentence."""

@@ -147,12 +147,13 @@ def _key(lm: LM, projection: Projection, edit: Edit, *, chat: bool) -> Float[Ten
 
 def _spacing(lm: LM, projection: Projection, seed: int) -> float:
     """The median distance between the keys of two short texts that the model writes."""
-    texts = [lm.tokens.encode(prefix.rstrip()).ids for prefix in context_prefixes(lm, 20, seed)[1:]]
-    with lm.unpatched():
-        keys = torch.stack(
-            [input_of(lm, projection.module, Batch.of([ids], lm.device))[0, -1].float() for ids in texts]
-        )
-    return float(torch.pdist(keys).median())
+
+    def measure() -> float:
+        texts = [lm.tokens.encode(prefix.rstrip()).ids for prefix in context_prefixes(lm, 20, seed)[1:]]
+        keys = [input_of(lm, projection.module, Batch.of([ids], lm.device))[0, -1].float() for ids in texts]
+        return float(torch.pdist(torch.stack(keys)).median())
+
+    return lm.once(("grace spacing", projection.parameter, seed), measure)
 
 
 def _value(

@@ -21,22 +21,25 @@ __all__ = ["at_subject", "context_keys", "context_prefixes", "subject_outputs", 
 _OPENINGS = ("The", "In", "It", "When", "A", "There", "We", "For", "As", "One")
 
 
-def context_prefixes(lm: LM, count: int, seed: int, lengths: Sequence[int] = (5, 10)) -> tuple[str, ...]:
+def context_prefixes(lm: LM, count: int, seed: int, lengths: tuple[int, ...] = (5, 10)) -> tuple[str, ...]:
     """The empty prefix, then `count` short texts the model writes, as many of each length in tokens.
 
     Each ends in ". ", ready to be put before a prompt. They are written by the base model, whatever patches lie on it,
     so that a sequence of edits shares them.
     """
+    return lm.once(("context prefixes", count, seed, lengths), lambda: _write_prefixes(lm, count, seed, lengths))
+
+
+def _write_prefixes(lm: LM, count: int, seed: int, lengths: tuple[int, ...]) -> tuple[str, ...]:
     prefixes = [""]
-    with lm.unpatched():
-        for index, length in enumerate(lengths):
-            share = (count + index) // len(lengths)
-            for start in range(0, share, len(_OPENINGS)):
-                prompts = [lm.tokens.encode(opening).ids for opening in _OPENINGS[: share - start]]
-                sampler = Sampler(seed=seed + 1000 * start + length, top_k=10)
-                for prompt, ids in zip(prompts, generate(lm, prompts, max_new=length, choose=sampler), strict=True):
-                    text = " ".join(lm.tokens.decode([*prompt, *ids]).split())
-                    prefixes.append(text.rstrip(".!?,;: ") + ". ")
+    for index, length in enumerate(lengths):
+        share = (count + index) // len(lengths)
+        for start in range(0, share, len(_OPENINGS)):
+            prompts = [lm.tokens.encode(opening).ids for opening in _OPENINGS[: share - start]]
+            sampler = Sampler(seed=seed + 1000 * start + length, top_k=10)
+            for prompt, ids in zip(prompts, generate(lm, prompts, max_new=length, choose=sampler), strict=True):
+                text = " ".join(lm.tokens.decode([*prompt, *ids]).split())
+                prefixes.append(text.rstrip(".!?,;: ") + ". ")
     return tuple(prefixes)
 
 

@@ -37,7 +37,7 @@ class CodebookPatch(Patch):
     values: Float[Tensor, "entries out"]
     radii: Float[Tensor, " entries"]
     labels: tuple[str, ...]
-    moved: Mapping[str, Float[Tensor, " entries"]] = field(default_factory=dict)
+    moved: Mapping[str, Tensor] = field(default_factory=dict)
 
     def attach(self, lm: LM) -> Callable[[], None]:
         """Hook onto the module; of several codebooks there, the uppermost acts for all."""
