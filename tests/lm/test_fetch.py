@@ -11,7 +11,7 @@ import pytest
 from factpatch.errors import BadFile, FetchError, OutputError
 from factpatch.files import cache_root, sha256_of
 from factpatch.lm import fetch, load
-from factpatch.lm.catalog import CATALOG, CatalogEntry, Wheel
+from factpatch.lm.catalog import CATALOG, SENTENCE_ENCODER, CatalogEntry, Wheel
 
 
 @pytest.fixture
@@ -215,7 +215,21 @@ def test_the_default_model_is_refused_when_it_arrives_damaged(shop, tmp_path):
 
 
 def test_the_catalogue_is_complete():
-    for name, entry in CATALOG.items():
-        assert name == entry.name
+    assert all(name == entry.name for name, entry in CATALOG.items())
+    for entry in (*CATALOG.values(), SENTENCE_ENCODER):
         assert all(len(wheel.sha256) == 64 for wheel in entry.wheels)
-        assert len(entry.gguf_sha256) == 64
+        assert len(entry.sha256) == 64
+
+
+def test_a_zip_is_unpacked_into_the_folder(shop, tmp_path):
+    with zipfile.ZipFile(tmp_path / "inner.zip", "w") as archive:
+        archive.writestr("config.json", "{}")
+        archive.writestr("deep/file", "x")
+    path = tmp_path / "toy_part0-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.write(tmp_path / "inner.zip", "toy/part0")
+    wheel = Wheel("toy-part0", "1.0", sha256_of(path), "toy/part0")
+    entry = CatalogEntry("boxed", "Boxed", "1", 1, "none", (wheel,), sha256_of(tmp_path / "inner.zip"), form="zip")
+    folder = fetch.ensure(entry)
+    assert (folder / "deep" / "file").read_text() == "x"
+    assert fetch.is_fetched("boxed")

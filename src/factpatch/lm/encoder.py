@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -21,6 +21,7 @@ __all__ = ["EncoderName", "SentenceEncoder", "sentence_encoder"]
 EncoderName = Literal["minilm", "words"]
 
 
+@runtime_checkable
 class SentenceEncoder(Protocol):
     """Turns texts into vectors of length 1, whose products are their similarities."""
 

@@ -7,10 +7,10 @@ import json
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from factpatch.lm.anatomy import find_anatomy
@@ -27,6 +27,7 @@ _CONFIG_NAMES = ("_name_or_path", "architectures", "dtype", "torch_dtype", "tran
 """What a config holds that changes no activation, or is told otherwise."""
 
 
+@runtime_checkable
 class Attachable(Protocol):
     """Anything that can be laid on a model and taken off again; every patch is one."""
 
@@ -35,6 +36,7 @@ class Attachable(Protocol):
         ...
 
 
+@runtime_checkable
 class Context(Protocol):
     """Text put before what the model is asked; patches that work through the prompt add one to `LM.contexts`."""
 
@@ -206,7 +208,7 @@ class LM:
         }
 
 
-def checksum(model: PreTrainedModel) -> str:
+def checksum(model: nn.Module) -> str:
     """SHA-256 over every weight and buffer, bit for bit: equal before and after means that nothing has changed."""
     digest = hashlib.sha256()
     for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()]):
@@ -215,12 +217,12 @@ def checksum(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(model: PreTrainedModel) -> str:
+def fingerprint(model: nn.Module) -> str:
     """SHA-256 over the architecture and all weights, rounded to bfloat16.
 
     Rounding lets a checkpoint have one fingerprint in float32 and in bfloat16; tied weights count once.
     """
-    digest = hashlib.sha256(str(getattr(model.config, "model_type", "")).encode())
+    digest = hashlib.sha256(str(getattr(getattr(model, "config", None), "model_type", "")).encode())
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         digest.update(raw_bytes(parameter.to(torch.bfloat16)))
