@@ -48,7 +48,7 @@ def main(
         scorer = Scorer(lm, chat=chat)
         for spec in methods:
             name, *pairs = spec.split(",")
-            method = create(name, parse_settings(pairs))
+            method = create(name, parse_settings(pairs) | ({"chat": "true"} if chat else {}))
             done[spec] = score_singly(lm, method, dataset.edits, scorer, report)
             settings[spec] = json.dumps(method.resolve(lm).model_dump(exclude_defaults=True))
             sys.stdout.write(f"{spec} done\n")

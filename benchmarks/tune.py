@@ -9,7 +9,6 @@ Presets in `factpatch.methods` name the table they come from. Records used here 
 from __future__ import annotations
 
 import itertools
-import json
 import shlex
 import sys
 from datetime import date
@@ -32,7 +31,9 @@ COLUMNS = ("open edit success", "edit success", "rephrase", "portability", "loca
 def main(
     method: str,
     data: Annotated[str, typer.Option()],
-    grid: Annotated[list[str], typer.Option(help="setting=value,value,...; all combinations are run")],
+    grid: Annotated[
+        list[str], typer.Option(help="setting=value,value,..., or setting=value/value; all combinations are run")
+    ],
     out: Annotated[Path, typer.Option()],
     first: Annotated[int, typer.Option(help="number of the first record")] = 0,
     limit: int = 12,
@@ -40,7 +41,9 @@ def main(
 ) -> None:
     """Write a table of scores, after each row anew, so that a run that is stopped leaves what it had."""
     edits = read(data).edits[first : first + limit]
-    axes = [(key, values.split(",")) for key, _, values in (axis.partition("=") for axis in grid)]
+    axes = [
+        (key, values.split("/" if "/" in values else ",")) for key, _, values in (axis.partition("=") for axis in grid)
+    ]
     with progress() as report:
         lm = load(model, progress=report)
         scorer = Scorer(lm, fluency=False)
@@ -57,14 +60,18 @@ def main(
         ]
         rows: list[str] = []
         for values in itertools.product(*(values for _, values in axes)):
-            settings = {key: json.loads(value) for (key, _), value in zip(axes, values, strict=True)}
-            card = score_singly(lm, create(method, settings), edits, scorer, report).card
+            settings = {key: value for (key, _), value in zip(axes, values, strict=True)}
+            label = ", ".join(f"{key}={value}" for key, value in settings.items())
+            done = score_singly(lm, create(method, settings), edits, scorer, report)
+            label += f" ({len(done.failures)} not made)" if done.failures else ""
+            card = done.card
             if card is None:
+                rows.append(f"| {label} |{' |' * len(COLUMNS)}")
                 continue
             free, survey = card.summary("open"), card.summary("survey")
             scores = [free.edit_success, survey.edit_success, survey.rephrase, survey.portability, survey.locality]
-            numbers = [number(value) for value in (*scores, (card.fit_seconds or 0) / len(edits))]
-            rows.append(f"| {', '.join(f'{key}={value}' for key, value in settings.items())} | {' | '.join(numbers)} |")
+            numbers = [number(value) for value in (*scores, (card.fit_seconds or 0) / survey.edits)]
+            rows.append(f"| {label} | {' | '.join(numbers)} |")
             with whole_file(out) as draft:
                 draft.write_text("\n".join([*head, *rows]) + "\n", encoding="utf-8")
 
