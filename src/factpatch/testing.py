@@ -159,6 +159,7 @@ def quick_settings(method: type[Method[Any]]) -> dict[str, Any]:
         "encoder": "words",
         "similarity": 0.0,
         "demonstrations": 1,
+        "texts": 4,
     }
     return {key: value for key, value in quick.items() if key in method.config_type.model_fields}
 
