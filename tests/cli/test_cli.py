@@ -351,3 +351,29 @@ def test_nothing_to_score_is_refused(model, tmp_path):
         code, out, err = run("score", "-m", model, "--data", tmp_path / "none.jsonl", *extra)
         assert (code, out) == (2, "")
         assert "holds no edit that could be scored" in err
+
+
+def test_a_sequence_is_scored_at_edit_and_at_end(model, facts):
+    code, out, err = run("score", "-m", model, "--method", "ft-m", *QUICK, "--data", facts, "--sequence", "--json")
+    assert code == 0, err
+    rows = json.loads(out)
+    assert [(row["moment"], row["protocol"]) for row in rows] == [
+        ("at edit", "open"),
+        ("at edit", "survey"),
+        ("at end", "open"),
+        ("at end", "survey"),
+    ]
+    assert {row["edits"] for row in rows} == {2}
+    code, out, err = run("score", "-m", model, "--method", "ft-m", *QUICK, "--data", facts, "--sequence")
+    assert ", at edit\n" in out
+    assert ", at end\n" in out
+    code, _, err = run("score", "-m", model, "--data", facts, "--sequence")
+    assert code == 2
+    assert "they belong to a method" in err
+
+
+def test_chat_is_no_setting_on_the_command_line(model, facts, tmp_path):
+    for args in (["score", "--data", facts], ["edit", *EDIT, "--out", tmp_path / "patch"]):
+        code, _, err = run(*args, "-m", model, "--method", "ft-m", "--set", "chat=true")
+        assert code == 2
+        assert "Give --chat instead." in err

@@ -31,6 +31,11 @@ class Sequential:
     at_end: dict[int, Scorecard]
     failures: tuple[Failure, ...]
 
+    @property
+    def last(self) -> Scorecard | None:
+        """All edits after the last; None if none was made."""
+        return self.at_end[max(self.at_end)] if self.at_end else None
+
 
 def score_sequence(
     lm: LM,

@@ -17,6 +17,7 @@ from factpatch.cli.terminal import (
     SkipOption,
     change_line,
     line,
+    method_settings,
     out,
     print_json,
     probe_table,
@@ -68,11 +69,11 @@ def edit(
 
     from factpatch.files import check_output
     from factpatch.lm import load
-    from factpatch.methods import create, parse_settings
+    from factpatch.methods import create
     from factpatch.scoring import Scorer
 
     check_output(output)
-    maker = create(method, parse_settings(settings or []) | ({"chat": "true"} if chat else {}))
+    maker = create(method, method_settings(settings, chat=chat))
     maker.check(wanted)
     with progress() as report:
         lm = load(model, dtype=dtype, device=device, progress=report)

@@ -18,6 +18,7 @@ from factpatch.cli.terminal import (
     SkipOption,
     err,
     line,
+    method_settings,
     number,
     out,
     print_json,
@@ -36,6 +37,7 @@ EXAMPLES = """
 
   factpatch score --patch lyon --data sample --limit 10
   factpatch score --method ft-m --data wiki_counterfact:KnowEdit/wiki_counterfact/train_cf.json --limit 20
+  factpatch score --method memit --sequence --data sample --limit 10
   factpatch score --method rome --set layer=8 --data sample --limit 5 --json > rome.json
 """
 
@@ -52,6 +54,9 @@ def score(
     model: ModelOption = "smollm2-135m",
     patch: Annotated[list[Path] | None, typer.Option(help="Patch folder; may be repeated, in order.")] = None,
     method: Annotated[str | None, typer.Option(help="Make and score each edit alone with this method.")] = None,
+    sequence: Annotated[
+        bool, typer.Option("--sequence", help="With --method: keep each edit, and score at edit and at end.")
+    ] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many edits.")] = None,
     settings: SetOption = None,
     chat: ChatOption = False,
@@ -64,17 +69,18 @@ def score(
     """Score under both protocols, open (free answers) and survey (teacher-forced), before and after.
 
     With --patch, all edits are scored under those patches together; with --method, each edit is made and scored alone;
-    with neither, the model itself is scored. Exits with 1 if some edits could not be made.
+    and with --sequence too, after the others, all of them kept; with neither, the model itself is scored. Exits with 1 if
+    some edits could not be made.
     """
     if method and patch:
         raise BadConfig("--method and --patch: give one or the other.\n  --method makes its own patch for each edit.")
-    if settings and not method:
-        raise BadConfig("--set: settings belong to a method.\n  Give --method too.")
+    if (settings or sequence) and not method:
+        raise BadConfig("--set, --sequence: they belong to a method.\n  Give --method too.")
 
-    from factpatch.bench import score_singly
+    from factpatch.bench import score_sequence, score_singly
     from factpatch.data import read
     from factpatch.lm import load
-    from factpatch.methods import create, parse_settings
+    from factpatch.methods import create
     from factpatch.patches import Patch
     from factpatch.scoring import Scorer
 
@@ -83,40 +89,52 @@ def score(
         raise BadFile(
             f"{data}: holds no edit that could be scored.\n  See how a record is read: factpatch data show {data}"
         )
-    maker = create(method, parse_settings(settings or []) | ({"chat": "true"} if chat else {})) if method else None
+    maker = create(method, method_settings(settings, chat=chat)) if method else None
     patches = [Patch.load(folder) for folder in patch or []]
     failures: tuple[Failure, ...] = ()
     with progress() as report:
         lm = load(model, dtype=dtype, device=device, progress=report)
         scorer = Scorer(lm, chat=chat, seed=seed)
-        card: Scorecard | None
-        if maker is not None:
-            done = score_singly(lm, maker, dataset.edits, scorer, report)
-            card, failures = done.card, done.failures
+        cards: dict[str, Scorecard | None]
+        if maker is None:
+            cards = {"": scorer.score(dataset.edits, *patches, progress=report)}
+        elif sequence:
+            line_up = score_sequence(lm, maker, dataset.edits, scorer, progress=report)
+            cards, failures = {"at edit": line_up.at_edit, "at end": line_up.last}, line_up.failures
         else:
-            card = scorer.score(dataset.edits, *patches, progress=report)
+            done = score_singly(lm, maker, dataset.edits, scorer, report)
+            cards, failures = {"": done.card}, done.failures
     label = method or ("+".join(folder.name for folder in patch) if patch else "none")
     if as_json:
-        print_json(_rows(card, failures, dataset, label, lm.name, lm.fingerprint, seed))
-    elif card is not None:
-        line((label, "bold"), f" on {dataset.name}, {len(dataset.edits)} edits, {lm.name}")
-        out.print(summary_table(card.summaries()))
-        for summary in card.summaries():
-            kinds = ", ".join(f"{kind} {number(value)}" for kind, value in summary.by_kind.items())
-            probes = f"{summary.unscored} of {summary.scored + summary.unscored} probes unscored"
-            line((f"{summary.protocol}: {kinds}; {probes}", "dim"))
-        if card.fit_seconds is not None:
-            edits = len(dataset.edits) - len(failures)
-            fit, asked = card.fit_seconds / edits, card.score_seconds / edits
-            line((f"{fit:.1f} s to fit and {asked:.1f} s to score an edit", "dim"))
+        common = (dataset, label, lm.name, lm.fingerprint, seed)
+        print_json([row for moment, card in cards.items() for row in _rows(card, moment, failures, *common)])
+    else:
+        for moment, card in cards.items():
+            title = f" on {dataset.name}, {len(dataset.edits)} edits, {lm.name}{moment and ', '}{moment}"
+            _show(label, title, card, len(dataset.edits) - len(failures))
     for failure in failures:
         err.print(Text("not made: ", style="yellow") + Text(failure.reason), soft_wrap=True)
     if failures:
         raise typer.Exit(1)
 
 
+def _show(label: str, title: str, card: Scorecard | None, made: int) -> None:
+    if card is None:
+        return
+    line((label, "bold"), title)
+    out.print(summary_table(card.summaries()))
+    for summary in card.summaries():
+        kinds = ", ".join(f"{kind} {number(value)}" for kind, value in summary.by_kind.items())
+        probes = f"{summary.unscored} of {summary.scored + summary.unscored} probes unscored"
+        line((f"{summary.protocol}: {kinds}; {probes}", "dim"))
+    if card.fit_seconds is not None:
+        fit, asked = card.fit_seconds / made, card.score_seconds / made
+        line((f"{fit:.1f} s to fit and {asked:.1f} s to score an edit", "dim"))
+
+
 def _rows(
     card: Scorecard | None,
+    moment: str,
     failures: tuple[Failure, ...],
     dataset: Dataset,
     method: str,
@@ -134,7 +152,7 @@ def _rows(
         "model": model,
         "fingerprint": fingerprint,
         "seed": seed,
-    }
+    } | ({"moment": moment} if moment else {})
     if card is None:
         return [common | {"edits": 0, "not_made": refused}]
     return [

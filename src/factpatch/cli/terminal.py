@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from factpatch.errors import BadConfig
 from factpatch.progress import Progress as Report
 
 if TYPE_CHECKING:
@@ -99,6 +100,18 @@ class _Lines:
 def number(value: float | None, digits: int = 3) -> str:
     """A number for a table; a dash where there is none."""
     return "–" if value is None else f"{value:.{digits}f}"
+
+
+def method_settings(pairs: Sequence[str] | None, *, chat: bool) -> dict[str, str]:
+    """A method's settings from `--set` and `--chat`. Raises BadConfig for chat among the former: scoring needs it too."""
+    from factpatch.methods import parse_settings
+
+    settings = parse_settings(list(pairs or []))
+    if "chat" in settings:
+        raise BadConfig(
+            "--set chat: prompts are put into the chat template for scoring as well.\n  Give --chat instead."
+        )
+    return settings | ({"chat": "true"} if chat else {})
 
 
 def change_line(change: Mapping[str, Any]) -> str:
