@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Generic, TypeVar
 
 from pydantic import Field, PositiveInt
 
@@ -31,6 +32,9 @@ class RecallConfig(Config):
     encoder: EncoderName = Field(
         default="minilm", description="what tells how near two texts are: minilm, or words (their pieces in common)"
     )
+
+
+R = TypeVar("R", bound=RecallConfig)
 
 
 class RetrievalConfig(RecallConfig):
@@ -65,7 +69,13 @@ class Ice(Method[Config]):
         return ContextPatch(self.provenance(lm, config, edits), _facts(edits), _ASKING)
 
 
-class Retrieval(Method[RetrievalConfig]):
+class _Recalling(Method[R], Generic[R]):
+    def prepare(self, lm: LM, progress: Progress = silent) -> None:
+        """Fetch the sentence encoder."""
+        sentence_encoder(self.resolve(lm).encoder, progress)
+
+
+class Retrieval(_Recalling[RetrievalConfig]):
     """Retrieval: a fact is shown before a question that is near to it in meaning, and before no other."""
 
     name = "retrieval"
@@ -74,10 +84,6 @@ class Retrieval(Method[RetrievalConfig]):
         Ice.traits, paper="the baseline of Zhong et al. 2023, arXiv 2305.14795", prepares="a sentence encoder"
     )
 
-    def prepare(self, lm: LM, progress: Progress = silent) -> None:
-        """Fetch the sentence encoder."""
-        sentence_encoder(self.resolve(lm).encoder, progress)
-
     def make(self, lm: LM, edits: tuple[Edit, ...], config: RetrievalConfig, progress: Progress) -> ContextPatch:
         """Write the facts down, to be found by their prompts."""
         sentence_encoder(config.encoder, progress)
@@ -85,7 +91,7 @@ class Retrieval(Method[RetrievalConfig]):
         return ContextPatch(self.provenance(lm, config, edits), _facts(edits), _ASKING, recall)
 
 
-class Ike(Method[IkeConfig]):
+class Ike(_Recalling[IkeConfig]):
     """IKE: demonstrations that copy a new fact, carry it to a rephrase, or keep to what is unrelated; then the fact.
 
     They are taken from a corpus of other edits, the nearest in meaning to the fact, in the ratio 1 : 3 : 4, nearest last.
@@ -97,10 +103,6 @@ class Ike(Method[IkeConfig]):
     traits = replace(
         Ice.traits, paper="Zheng et al. 2023, arXiv 2305.12740", prepares="a sentence encoder, demonstrations"
     )
-
-    def prepare(self, lm: LM, progress: Progress = silent) -> None:
-        """Fetch the sentence encoder."""
-        sentence_encoder(self.resolve(lm).encoder, progress)
 
     def make(self, lm: LM, edits: tuple[Edit, ...], config: IkeConfig, progress: Progress) -> ContextPatch:
         """Choose demonstrations for each fact."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar, Generic, TypeVar
 
 import torch
@@ -175,16 +176,7 @@ class Pmet(Memit):
     """
 
     name = "pmet"
-    traits = Traits(
-        family="locate then edit",
-        phase="mastery",
-        paper="Li et al. 2024, arXiv 2308.08742",
-        patch=WeightPatch,
-        needs_subject=True,
-        joint=True,
-        prepares="second moments of keys at each block",
-        needs="MLP output projection",
-    )
+    traits = replace(Memit.traits, paper="Li et al. 2024, arXiv 2308.08742")
 
     def sites(self, lm: LM, layer: int) -> Sequence[nn.Module]:
         """The MLP's output, and the attention's beside it."""
@@ -204,15 +196,10 @@ class AlphaEdit(_Spread[AlphaEditConfig]):
 
     name = "alphaedit"
     config_type = AlphaEditConfig
-    traits = Traits(
-        family="locate then edit",
-        phase="mastery",
+    traits = replace(
+        Memit.traits,
         paper="Fang et al. 2025, arXiv 2410.02355",
-        patch=WeightPatch,
-        needs_subject=True,
-        joint=True,
         prepares="directions of keys at each block, by how much they are used",
-        needs="MLP output projection",
     )
 
     def prepare(self, lm: LM, progress: Progress = silent) -> None:
