@@ -329,3 +329,15 @@ def test_a_shared_expert_is_no_single_projection():
     assert anatomy.moe
     with pytest.raises(AnatomyError, match="block 0: its MLP is a mixture of experts"):
         anatomy.mlp_out(0)
+
+
+def test_a_block_built_otherwise_is_refused_by_its_number():
+    model = tiny_lm().model
+    model.model.layers[2].mlp.down_proj = torch.nn.Identity()
+    model.model.layers[2].mlp.other = model.model.layers[1].mlp.down_proj
+    del model.model.layers[2].mlp.down_proj
+    anatomy = find_anatomy(model)
+    assert anatomy.mlp_out(1).matrix.shape == (32, 48)
+    with pytest.raises(AnatomyError) as caught:
+        anatomy.mlp_out(2)
+    assert str(caught.value).startswith("block 2 (LlamaDecoderLayer) has no mlp.down_proj, as the first blocks have.")

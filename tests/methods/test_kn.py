@@ -6,6 +6,7 @@ import torch
 from factpatch.lm.hooks import replacing_input
 from factpatch.lm.run import Batch, Places, input_of, logits_at
 from factpatch.methods import create
+from factpatch.methods.keys import context_prefixes
 from factpatch.methods.kn import attributions
 from factpatch.testing import tiny_edits, tiny_lm
 
@@ -124,3 +125,20 @@ def test_the_strongest_neurons_of_all_blocks_are_found():
     expected = {(a, b) for a, b in (table > 0.5 * table.max()).nonzero().tolist()}
     assert {tuple(neuron) for neuron in patch.provenance.notes[0]["neurons"]} == expected
     assert {layer for layer, _ in fit(lm, edit, layers="1").provenance.notes[0]["neurons"]} == {1}
+
+
+def test_neurons_are_kept_that_are_found_in_enough_contexts():
+    lm, (edit, _) = tiny_lm(), tiny_edits()
+    prefixes, token = context_prefixes(lm, 2, 0), lm.tokens.encode(edit.prompt, "Italy").target_ids[0]
+    counts = {}
+    for prefix in prefixes:
+        ids = lm.tokens.encode(edit.prompt, edit.target, prefix=prefix).prompt_ids
+        table = torch.stack([attributions(lm, layer, ids, token, 5) for layer in range(3)])
+        for a, b in (table > 0.3 * table.max()).nonzero().tolist():
+            counts[a, b] = counts.get((a, b), 0) + 1
+    assert {1, 3} <= set(counts.values()), "some are found once alone, some everywhere"
+    for shared in (0.0, 0.5, 0.9):
+        patch = fit(lm, edit, contexts=2, threshold=0.3, shared=shared, most=500)
+        found = {tuple(neuron) for neuron in patch.provenance.notes[0]["neurons"]}
+        assert found <= {neuron for neuron, count in counts.items() if count > shared * 3}
+        assert found >= {neuron for neuron, count in counts.items() if count == 3}
