@@ -125,6 +125,7 @@ class FtL(_FineTuning[FtConfig]):
         joint=True,
         needs="MLP output projection",
     )
+    presets = (Preset((30, 576), {"layer": 18}, "SmolLM2-135M, measured: docs/results/tuning/ft-l-layers.md"),)
 
     def batch(self, lm: LM, layer: int, edits: Sequence[Edit], config: FtConfig) -> TargetBatch:
         """The prompt alone, read at its last position once for each target token."""
