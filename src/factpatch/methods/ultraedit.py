@@ -17,7 +17,7 @@ from torch import Tensor
 from factpatch.edits import Edit
 from factpatch.lm import LM
 from factpatch.lm.anatomy import Projection
-from factpatch.methods.base import Config, Layers, Method, Traits
+from factpatch.methods.base import Config, Layers, Method, Preset, Traits
 from factpatch.methods.gradients import Gradients, gradients
 from factpatch.methods.insertion import insert
 from factpatch.patches import LowRank, WeightPatch
@@ -90,6 +90,10 @@ class UltraEdit(Method[UltraEditConfig]):
         patch=WeightPatch,
         joint=True,
         needs="MLP projections",
+    )
+
+    presets = (
+        Preset((30, 576), {"lr": 1e-4, "part": "out"}, "SmolLM2-135M, measured: docs/results/tuning/ultraedit.md"),
     )
 
     def make(self, lm: LM, edits: tuple[Edit, ...], config: UltraEditConfig, progress: Progress) -> WeightPatch:
