@@ -451,7 +451,10 @@ def test_the_subject_is_looked_for_in_the_prompt_alone():
         tokens.encode("Rome is in", "Oslo", subject="Oslo", prefix="Oslo is in Norway. ")
 
 
-any_text = st.text(st.characters(exclude_categories=("C",), max_codepoint=0x1FAFF), min_size=1, max_size=12)
+# Without "<": a text that spells out a special token is read as that token.
+any_text = st.text(
+    st.characters(exclude_categories=("C",), max_codepoint=0x1FAFF, exclude_characters="<"), min_size=1, max_size=12
+)
 
 
 @pytest.mark.parametrize("name", ["byte-level", "byte-level, offsets not trimmed", "bytes alone"])
