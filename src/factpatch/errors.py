@@ -12,6 +12,7 @@
     │   └── TokenizerError     a tokenizer that cannot do what editing needs
     ├── MethodError            the editing method
     │   ├── MissingExtra       a library it needs is not installed
+    │   ├── BadEditor          a folder that is not a trained editor, or is damaged
     │   ├── UnknownMethod      no such name
     │   ├── BadConfig          an unknown option, or a value out of bounds
     │   ├── CannotEdit         an edit this method cannot make, by its nature or on this model
@@ -33,6 +34,7 @@ from collections.abc import Iterable
 __all__ = [
     "AnatomyError",
     "BadConfig",
+    "BadEditor",
     "BadFile",
     "BadPatch",
     "BadRecord",
@@ -141,6 +143,10 @@ class WrongBase(PatchError):
 
 class BadPatch(PatchError):
     """The folder holds no patch, or a damaged one."""
+
+
+class BadEditor(MethodError):
+    """The folder holds no trained editor, a damaged one, or one for another method."""
 
 
 class OutputError(FactpatchError):

@@ -377,3 +377,38 @@ def test_chat_is_no_setting_on_the_command_line(model, facts, tmp_path):
         code, _, err = run(*args, "-m", model, "--method", "ft-m", "--set", "chat=true")
         assert code == 2
         assert "Give --chat instead." in err
+
+
+TRAIN = ["--set", "steps=2", "--set", "rank=2", "--set", "layers=2", "--set", "batch_size=2", "--set", "check_every=1"]
+
+
+def test_train_shows_the_curve_and_the_editor_edits(model, facts, tmp_path):
+    code, out, err = run("train", "mend", "-m", model, "--data", facts, *TRAIN, "--out", tmp_path / "editor")
+    assert code == 0
+    assert [line.split(":")[0] for line in err.splitlines() if line.startswith("step")] == [
+        "step 0",
+        "step 1",
+        "step 2",
+    ]
+    assert "best look at held-out edits: step" in out
+    use = ["--method", "mend", "--set", f"editor={tmp_path / 'editor'}"]
+    code, out, _ = run("edit", "-m", model, *use, *EDIT, "--out", tmp_path / "patch")
+    assert code in {0, 1}
+    assert "mlp.gate_proj.weight" in out
+
+
+def test_train_in_json_from_some_of_the_records(model, facts, tmp_path):
+    args = ("train", "malmen", "-m", model, "--data", "sample", "--start", "3", "--limit", "4", *TRAIN)
+    code, out, _ = run(*args, "--out", tmp_path / "editor", "--json")
+    about = json.loads(out)
+    assert code == 0
+    assert about["edits"] == 4
+    assert about["source"] == "sample:sample.jsonl, records 3 to 6"
+    assert about["id"] == about["tensors_sha256"][:16]
+
+
+def test_train_refuses_a_method_that_needs_none(model, facts, tmp_path):
+    code, _, err = run("train", "rome", "-m", model, "--data", facts, "--out", tmp_path / "editor")
+    assert code == 2
+    assert err.startswith("rome needs no training.\n  Methods that are trained: malmen, mend")
+    assert not (tmp_path / "editor").exists()

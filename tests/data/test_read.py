@@ -193,3 +193,10 @@ def test_the_built_in_sample_is_fit_for_trying_things():
         assert sum(map(len, edit.portability.values())) >= 2, edit.id
         assert sum(map(len, edit.locality.values())) >= 3, edit.id
     assert len({edit.id for edit in sample}) == len(sample)
+
+
+def test_some_of_the_records_are_read_from_a_number_on():
+    every = [edit.id for edit in read("sample").edits]
+    assert [edit.id for edit in read("sample", start=3, limit=4).edits] == every[3:7]
+    assert [edit.id for edit in read("sample", start=80).edits] == every[80:]
+    assert read("sample", start=10_000).edits == ()

@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 
 from factpatch.errors import AnatomyError
 from factpatch.methods import create
-from factpatch.methods.gradients import gradients
-from factpatch.methods.ultraedit import Moments
+from factpatch.methods.gradients import Moments, gradients
 from factpatch.progress import silent
 from factpatch.testing import ARCHITECTURES, tiny_edits, tiny_lm
 from tests.reference import plain

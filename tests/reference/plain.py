@@ -196,3 +196,53 @@ def ngram_entropy(tokens, n):
     grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
     shares = [grams.count(gram) / len(grams) for gram in set(grams)]
     return sum(-p * math.log2(p) for p in shares)
+
+
+def rows_with_gradient(inputs, outputs):
+    """`[u, δ]` of each token whose gradient is not all zero."""
+    return torch.stack([torch.cat([u, d]) for u, d in zip(inputs, outputs, strict=True) if d.abs().max() > 0])
+
+
+def mend_network(state, rows, number):
+    """One row after the other through the two layers of MEND's network, `state` holding its tensors by name."""
+    done = []
+    for row in rows:
+        x = (row - state["mean"]) / (state["deviation"] + 1e-7)
+        for layer in ("hidden", "last"):
+            own = {key.removeprefix(f"{layer}."): value for key, value in state.items() if key.startswith(layer)}
+            change = own["scale"][number] * (own["outer"] @ (own["inner"] @ x) + own["bias"]) + own["shift"][number]
+            x = x + (change.clamp(min=0) if layer == "hidden" else change)
+        done.append(x)
+    return torch.stack(done)
+
+
+def editing_loss(lm, edits, shifts, *, success, locality):
+    """What MEND's training lowers, with the changed weights put into the whole model functionally.
+
+    Each edit's target after all its wordings; the divergence on the first answer of each kind of locality and on the
+    next edit's prompt.
+    """
+    weights = dict(lm.model.named_parameters())
+    changed = {name: weights[name] + shift for name, shift in shifts.items()}
+
+    def logprobs(ids, n, parameters):
+        logits = torch.func.functional_call(lm.model, parameters, (ids,)).logits[0]
+        return logits.log_softmax(-1)[n - 1 : -1]
+
+    total = 0.0
+    for i, edit in enumerate(edits):
+        losses = []
+        for prompt in (edit.prompt, *edit.rephrases):
+            ids, n = encode(lm, prompt, edit.target)
+            rows = logprobs(ids, n, changed)
+            losses.append(-sum(rows[t, ids[0, n + t]] for t in range(len(rows))) / len(rows))
+        other = edits[(i + 1) % len(edits)]
+        kept = [(group[0].prompt, group[0].answers[0]) for group in edit.locality.values() if group[0].answers]
+        kept.append((other.prompt, other.ground_truth[0] if other.ground_truth else other.target))
+        moved = []
+        for prompt, answer in kept:
+            ids, n = encode(lm, prompt, answer)
+            before, after = logprobs(ids, n, {}).detach(), logprobs(ids, n, changed)
+            moved += list((before.exp() * (before - after)).sum(-1))
+        total = total + success * sum(losses) / len(losses) + locality * sum(moved) / len(moved)
+    return total / len(edits)

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from factpatch.cli import ask, catalog, data, demo, edit, patch, score
+from factpatch.cli import ask, catalog, data, demo, edit, patch, score, train
 from factpatch.cli.terminal import fail
 from factpatch.errors import FactpatchError
 
@@ -22,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for module in (edit, score, ask, demo, catalog):
+for module in (edit, score, ask, train, demo, catalog):
     module.register(app)
 app.add_typer(patch.app, name="patch")
 app.add_typer(data.app, name="data")

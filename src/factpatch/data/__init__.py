@@ -92,18 +92,18 @@ def readers() -> Mapping[str, Reader]:
     return MappingProxyType(_READERS)
 
 
-def read(spec: str | Path, *, skip_invalid: bool = False, limit: int | None = None) -> Dataset:
+def read(spec: str | Path, *, skip_invalid: bool = False, start: int = 0, limit: int | None = None) -> Dataset:
     """The edits of a file: `NAME:PATH`, the path of one's own file, or the name of what is built in.
 
-    Of `limit`, only so many records from the file's beginning are read. With `skip_invalid`, a record that cannot be
-    read is logged as a warning and kept in `Dataset.skipped`.
+    Records are read from number `start` on, which counts from 0, and of `limit` only so many. With `skip_invalid`, a
+    record that cannot be read is logged as a warning and kept in `Dataset.skipped`.
 
     Raises BadFile, and BadRecord unless `skip_invalid`.
     """
     reader, source = _open(spec)
     edits: dict[str, Edit] = {}
     skipped = []
-    for record in islice(reader.records(source), limit):
+    for record in islice(reader.records(source), start, None if limit is None else start + limit):
         try:
             edit = _new_edit(source, record, edits)
         except BadRecord as problem:

@@ -17,18 +17,18 @@ from factpatch.edits import Edit
 from factpatch.lm import LM
 from factpatch.lm.anatomy import Projection
 from factpatch.lm.hooks import replacing_output
-from factpatch.lm.run import length_batches
+from factpatch.lm.run import Places, length_batches
 from factpatch.methods.targets import TargetBatch, with_targets
-from factpatch.progress import Progress
+from factpatch.progress import Progress, silent
 
-__all__ = ["Gradients", "gradients"]
+__all__ = ["Gradients", "Moments", "gradients"]
 
 
 @dataclass(frozen=True, slots=True)
 class Gradients:
-    """One row for each target token, of all edits in their order; float32.
+    """One row for each token looked at, of all edits in their order; float32.
 
-    inputs   h, what the map reads where that token is predicted
+    inputs   h, what the map reads there
     outputs  g, the gradient at its output there, of the edits' mean losses summed over edits
     """
 
@@ -36,23 +36,75 @@ class Gradients:
     outputs: Float[Tensor, "rows out"]
 
     @property
-    def joined(self) -> Float[Tensor, rows in +out]:
+    def joined(self) -> Float[Tensor, "rows both"]:
         """`[h, g]`."""
         return torch.cat([self.inputs, self.outputs], 1)
 
 
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Count, mean and summed squared deviation of rows, such that those of two sets of rows can be joined."""
+
+    count: Float[Tensor, ""]
+    mean: Float[Tensor, " width"]
+    spread: Float[Tensor, " width"]
+
+    @classmethod
+    def of(cls, rows: Float[Tensor, "rows width"]) -> Moments:
+        """Of some rows, in float64."""
+        exact = rows.double()
+        mean = exact.mean(0)
+        return cls(torch.tensor(float(len(rows)), dtype=torch.double), mean, ((exact - mean) ** 2).sum(0))
+
+    def joined(self, other: Moments) -> Moments:
+        """Of both sets of rows together (Chan et al. 1983)."""
+        count = self.count + other.count
+        step = other.mean - self.mean
+        return Moments(
+            count,
+            self.mean + step * (other.count / count),
+            self.spread + other.spread + step**2 * (self.count * other.count / count),
+        )
+
+    def normalise(self, rows: Float[Tensor, "rows width"]) -> Float[Tensor, "rows width"]:
+        """Rows less the mean, over the standard deviation (of a sample); a column that never varies becomes 0."""
+        deviation = (self.spread / (self.count - 1).clamp(min=1)).sqrt()
+        return torch.where(deviation > 0, (rows.double() - self.mean) / deviation.clamp(min=1e-30), 0.0).float()
+
+    def packed(self) -> Float[Tensor, "3 width"]:
+        """As one tensor, to be kept in a patch."""
+        return torch.stack([self.count.expand_as(self.mean), self.mean, self.spread])
+
+    @classmethod
+    def unpacked(cls, tensor: Float[Tensor, "3 width"]) -> Moments:
+        """From `packed`."""
+        return cls(tensor[0, 0], tensor[1], tensor[2])
+
+
 def gradients(
-    lm: LM, modules: Sequence[Projection], first: int, edits: Sequence[Edit], *, chat: bool, progress: Progress
+    lm: LM,
+    modules: Sequence[Projection],
+    first: int,
+    edits: Sequence[Edit],
+    *,
+    chat: bool,
+    everywhere: bool = False,
+    progress: Progress = silent,
 ) -> dict[Projection, Gradients]:
-    """Both factors at the places from which targets are predicted, for each module; none lies beneath block `first`."""
+    """Both factors for each module, none of which lies beneath block `first`.
+
+    everywhere  at every token, not only where target tokens are predicted
+    """
     texts = with_targets(lm, edits, chat=chat)
     rows: dict[int, dict[Projection, Gradients]] = {}
     for indices in length_batches([len(text.ids) for text in texts]):
         progress("Taking gradients", len(rows), len(texts))
-        batch = TargetBatch(lm, [texts[i] for i in indices], first)
-        for module, pair in _of_batch(modules, batch).items():
+        chosen = [texts[i] for i in indices]
+        batch = TargetBatch(lm, chosen, first)
+        places = Places.of([range(len(text.ids)) for text in chosen], lm.device) if everywhere else batch.places
+        for module, pair in _of_batch(modules, batch, places).items():
             for row, index in enumerate(indices):
-                own = batch.places.rows == row
+                own = places.rows == row
                 rows.setdefault(index, {})[module] = Gradients(pair.inputs[own], pair.outputs[own])
     progress("Taking gradients", len(texts), len(texts))
     ordered = [rows[i] for i in range(len(texts))]
@@ -64,8 +116,8 @@ def gradients(
     }
 
 
-def _of_batch(modules: Sequence[Projection], batch: TargetBatch) -> dict[Projection, Gradients]:
-    """At the batch's places, in their order. A zero added to an output has that output's gradient."""
+def _of_batch(modules: Sequence[Projection], batch: TargetBatch, places: Places) -> dict[Projection, Gradients]:
+    """At these places of the batch, in their order. A zero added to an output has that output's gradient."""
     inputs: dict[Projection, Tensor] = {}
     zeros: dict[Projection, Tensor] = {}
 
@@ -77,7 +129,7 @@ def _of_batch(modules: Sequence[Projection], batch: TargetBatch) -> dict[Project
         return add
 
     def at_places(tensor: Tensor) -> Float[Tensor, "rows width"]:
-        return tensor.reshape(*batch.batch.ids.shape, -1)[batch.places.rows, batch.places.cols].float()
+        return tensor.reshape(*batch.batch.ids.shape, -1)[places.rows, places.cols].float()
 
     with ExitStack() as stack, torch.enable_grad():
         for module in modules:

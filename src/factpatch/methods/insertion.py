@@ -29,10 +29,10 @@ def insert(
     keys: Float[Tensor, "in edits"],
     factor: Float[Tensor, "in in"] | None = None,
     *,
-    ridge: float = 0.0,
+    ridge: float | Float[Tensor, ""] = 0.0,
     directions: Float[Tensor, "in edits"] | None = None,
 ) -> LowRank:
-    """`Δ` for residuals `R` and keys `K`, of rank at most n; solved in float64, returned in float32.
+    """`Δ` for residuals `R` and keys `K`, of rank at most n; solved in float64, returned in float32. Differentiable.
 
     factor      the lower Cholesky factor of `C`; None for `C = I`
     ridge       λ
@@ -41,6 +41,7 @@ def insert(
     exact = keys.double().cpu()
     along = exact if directions is None else directions.double().cpu()
     solved = along if factor is None else torch.cholesky_solve(along, factor)
+    ridge = ridge.double().cpu() if isinstance(ridge, Tensor) else ridge
     small = solved.T @ exact + ridge * torch.eye(exact.shape[1], dtype=torch.double)
     scaled = torch.linalg.solve(small, solved.T)
     return LowRank(residuals.float(), scaled.to(residuals.device, torch.float32))

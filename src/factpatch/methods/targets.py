@@ -51,6 +51,10 @@ class TargetBatch:
         wrong = (logits.argmax(-1) != self.target).float()
         return self.mean(self._nll(logits)), self.mean(wrong) == 0
 
+    def logprobs(self) -> Float[Tensor, "targets vocab"]:
+        """Log-probabilities of all tokens at each place, in nats."""
+        return self.upper.logits_at(self.places).log_softmax(-1)
+
     def mean(self, values: Float[Tensor, " targets"]) -> Float[Tensor, " texts"]:
         """The mean over each text's target tokens."""
         rows: Int[Tensor, " targets"] = self.places.rows

@@ -6,7 +6,6 @@ Gu et al. 2025 (arXiv 2505.14679), whose release this follows.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -18,12 +17,12 @@ from factpatch.edits import Edit
 from factpatch.lm import LM
 from factpatch.lm.anatomy import Projection
 from factpatch.methods.base import Config, Layers, Method, Preset, Traits
-from factpatch.methods.gradients import Gradients, gradients
+from factpatch.methods.gradients import Gradients, Moments, gradients
 from factpatch.methods.insertion import insert
 from factpatch.patches import LowRank, WeightPatch
 from factpatch.progress import Progress
 
-__all__ = ["Moments", "UltraEdit", "UltraEditConfig"]
+__all__ = ["UltraEdit", "UltraEditConfig"]
 
 
 class UltraEditConfig(Config):
@@ -32,46 +31,6 @@ class UltraEditConfig(Config):
     layers: Layers | None = Field(default=None, description="blocks to edit; default: from a third to two thirds up")
     part: Literal["in", "out"] = Field(default="in", description="which MLP projections: into the MLP, or out of it")
     lr: PositiveFloat = Field(default=1e-6, description="size of the change; must be chosen for each model")
-
-
-@dataclass(frozen=True, slots=True)
-class Moments:
-    """Count, mean and summed squared deviation of rows, such that those of two sets of rows can be joined."""
-
-    count: Float[Tensor, ""]
-    mean: Float[Tensor, " width"]
-    spread: Float[Tensor, " width"]
-
-    @classmethod
-    def of(cls, rows: Float[Tensor, "rows width"]) -> Moments:
-        """Of some rows, in float64."""
-        exact = rows.double()
-        mean = exact.mean(0)
-        return cls(torch.tensor(float(len(rows)), dtype=torch.double), mean, ((exact - mean) ** 2).sum(0))
-
-    def joined(self, other: Moments) -> Moments:
-        """Of both sets of rows together (Chan et al. 1983)."""
-        count = self.count + other.count
-        step = other.mean - self.mean
-        return Moments(
-            count,
-            self.mean + step * (other.count / count),
-            self.spread + other.spread + step**2 * (self.count * other.count / count),
-        )
-
-    def normalise(self, rows: Float[Tensor, "rows width"]) -> Float[Tensor, "rows width"]:
-        """Rows less the mean, over the standard deviation (of a sample); a column that never varies becomes 0."""
-        deviation = (self.spread / (self.count - 1).clamp(min=1)).sqrt()
-        return torch.where(deviation > 0, (rows.double() - self.mean) / deviation.clamp(min=1e-30), 0.0).float()
-
-    def packed(self) -> Float[Tensor, "3 width"]:
-        """As one tensor, to be kept in a patch."""
-        return torch.stack([self.count.expand_as(self.mean), self.mean, self.spread])
-
-    @classmethod
-    def unpacked(cls, tensor: Float[Tensor, "3 width"]) -> Moments:
-        """From `packed`."""
-        return cls(tensor[0, 0], tensor[1], tensor[2])
 
 
 class UltraEdit(Method[UltraEditConfig]):
