@@ -10,7 +10,7 @@ leaves unrelated answers alone.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
@@ -225,12 +225,8 @@ def _shifted(changes: Mapping[Projection, LowRank]) -> Iterator[None]:
     """The model with these changes for the length of a `with`, beside its weights and differentiable."""
     with ExitStack() as stack:
         for matrix, change in changes.items():
-            stack.enter_context(replacing_output(matrix.module, _adding(change)))
+            stack.enter_context(replacing_output(matrix.module, change.added))
         yield
-
-
-def _adding(change: LowRank) -> Callable[[Tensor, Tensor], Tensor]:
-    return lambda x, out: out + (x.float() @ change.v.T @ change.u.T).to(out.dtype)
 
 
 def _joined(lessons: Sequence[_Lesson], matrix: Projection) -> Gradients:

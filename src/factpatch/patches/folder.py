@@ -93,11 +93,12 @@ def _kinds() -> dict[str, type[Patch]]:
         import_module(f"{__package__}.{module.name}")
     for point in entry_points(group="factpatch.patches"):
         point.load()
-    return {
-        kind.kind: kind
-        for kind in sorted(Patch.__subclasses__(), key=lambda kind: kind.__name__)
-        if hasattr(kind, "kind")
-    }
+    return {kind.kind: kind for kind in sorted(_under(Patch), key=lambda kind: kind.__name__) if hasattr(kind, "kind")}
+
+
+def _under(kind: type[Any]) -> set[type[Patch]]:
+    """All classes derived from one."""
+    return {each for own in kind.__subclasses__() for each in (own, *_under(own))}
 
 
 def _read_json(folder: Path) -> dict[str, Any]:

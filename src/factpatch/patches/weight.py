@@ -44,6 +44,11 @@ class LowRank:
         """The sum, of rank at most the sum of ranks."""
         return LowRank(torch.cat([self.u, other.u], 1), torch.cat([self.v, other.v], 0))
 
+    def added(self, x: Float[Tensor, "*batch cols"], out: Float[Tensor, "*batch rows"]) -> Float[Tensor, "*batch rows"]:
+        """What a map puts out with this change of its matrix, `x` being what it reads and `out` what it puts out without."""
+        u, v = self.u.to(x.device, torch.float32), self.v.to(x.device, torch.float32)
+        return out + (x.float() @ v.T @ u.T).to(out.dtype)
+
     def parts(self) -> dict[str, Tensor]:
         """Its tensors, by the suffix they are saved under."""
         return {"u": self.u, "v": self.v}

@@ -1,0 +1,186 @@
+"""`RoutedPatch`: a scope classifier in front of a second model that answers with the edit before its eyes (SERAC)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from factpatch.errors import BadPatch, WrongBase
+from factpatch.lm import LM
+from factpatch.lm.encoder import sentence_encoder
+from factpatch.lm.hooks import replacing_output
+from factpatch.lm.model import raw_bytes
+from factpatch.lm.run import Pass, current_pass
+from factpatch.patches.base import Provenance
+from factpatch.patches.context import ContextPatch, Note
+from factpatch.patches.weight import LowRank
+
+__all__ = ["RoutedPatch", "Scope"]
+
+
+@dataclass(frozen=True, eq=False)
+class Scope:
+    """Whether a question is in the scope of an edit, from the sentence vectors of both.
+
+    A hidden layer reads the product and the distance of the two vectors, component by component.
+    """
+
+    hidden: Float[Tensor, "units both"]
+    hidden_bias: Float[Tensor, " units"]
+    out: Float[Tensor, " units"]
+    out_bias: Float[Tensor, ""]
+
+    def logits(
+        self, edits: Float[Tensor, "*batch width"], questions: Float[Tensor, "*batch width"]
+    ) -> Float[Tensor, "*batch"]:
+        """The log-odds for each pair."""
+        pair = torch.cat([edits * questions, (edits - questions).abs()], -1)
+        return (pair @ self.hidden.T + self.hidden_bias).relu() @ self.out + self.out_bias
+
+
+@dataclass(frozen=True, eq=False)
+class RoutedPatch(ContextPatch):
+    """Where a question is in an edit's scope, the second model is asked it, the edit before it; else the base model is.
+
+    The second model is the base with an adapter, and the adapter acts in the rows that hold a note and in no others, so
+    that the base model's answers stay what they are to the bit. Patches of one editor that lie on one model act as one.
+
+    scope    tells what is in scope; `recall.threshold` is the least probability
+    adapter  by module name: what is added to the module's map, as of `y = W x`
+    """
+
+    kind: ClassVar[str] = "routed"
+    scope: Scope = field(kw_only=True)
+    adapter: Mapping[str, LowRank] = field(kw_only=True)
+
+    def attach(self, lm: LM) -> Callable[[], None]:
+        """Add itself to the model's contexts, and hook onto the adapter's modules."""
+        self.check_base(lm)
+        modules = dict(lm.model.named_modules())
+        missing = [name for name in self.adapter if name not in modules]
+        if missing:
+            raise WrongBase(
+                f"the adapter belongs to {missing[0]}; {lm.name} has no such module.\n"
+                "  The patch's folder may be damaged; make it again with: factpatch edit"
+            )
+        router = _Router(self, lm)
+        lm.contexts.append(router)
+        with ExitStack() as stack:
+            stack.callback(lm.contexts.remove, router)
+            stack.callback(lm.model.register_forward_pre_hook(router.look, with_kwargs=True).remove)
+            for name, change in self.adapter.items():
+                stack.enter_context(replacing_output(modules[name], router.adding(change)))
+            return stack.pop_all().close
+
+    def similarity(self, prompts: Sequence[str]) -> Float[Tensor, "prompts notes"]:
+        """The probability that each prompt is in the scope of each note's edit."""
+        assert self.recall is not None
+        asked = sentence_encoder(self.recall.encoder).embed(prompts)
+        shape = (len(prompts), *self._topics.shape)
+        return self.scope.logits(self._topics[None].expand(shape), asked[:, None].expand(shape)).sigmoid()
+
+    @cached_property
+    def editor(self) -> str:
+        """Tells whether two patches are of one editor: a hash of all that was trained."""
+        digest = hashlib.sha256()
+        for _, tensor in sorted(self.tensors().items()):
+            digest.update(raw_bytes(tensor))
+        return digest.hexdigest()
+
+    def holds_note(self, text: str) -> bool:
+        """Whether the second model is asked."""
+        return any(note.text in text for note in self.notes)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The classifier's, and the adapter's by module."""
+        own = {f"{_SCOPE}{name}": getattr(self.scope, name) for name in Scope.__dataclass_fields__}
+        return own | {
+            f"{name}.{part}": t for name, change in self.adapter.items() for part, t in change.parts().items()
+        }
+
+    @classmethod
+    def from_parts(cls, provenance: Provenance, spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> RoutedPatch:
+        """From what `spec` and `tensors` gave."""
+        read = ContextPatch.from_parts(provenance, spec, {})
+        try:
+            scope = Scope(**{name: tensors[f"{_SCOPE}{name}"] for name in Scope.__dataclass_fields__})
+            names = {key.rpartition(".")[0] for key in tensors if not key.startswith(_SCOPE)}
+            adapter = {name: LowRank(tensors[f"{name}.u"], tensors[f"{name}.v"]) for name in sorted(names)}
+        except KeyError as error:
+            raise BadPatch(
+                f"patch.safetensors: {error} is missing.\n  The file is damaged; make the patch again with: factpatch edit"
+            ) from None
+        return RoutedPatch(provenance, read.notes, read.asking, read.recall, scope=scope, adapter=adapter)
+
+    def changes(self) -> list[dict[str, Any]]:
+        """The prompt, and the adapter of the second model."""
+        notes = {"part": "what is asked", "form": f"up to 1 of {len(self.notes)} notes before it, where in scope"}
+        form = f"where a note is: an adapter on {len(self.adapter)} modules"
+        return [notes, {"part": "the second model", "form": form}] if self.adapter else [notes]
+
+
+_SCOPE = "scope:"
+
+
+class _Router:
+    """One patch on one model."""
+
+    def __init__(self, patch: RoutedPatch, lm: LM) -> None:
+        self.patch, self.lm = patch, lm
+        self._alone: Bool[Tensor, " rows"] | None = None
+
+    def before(self, prompts: Sequence[str]) -> list[str]:
+        """Of all notes of the patches of this editor, the one most probably in scope; written by the uppermost."""
+        books = self._books()
+        if books[-1] is not self.patch:
+            return [""] * len(prompts)
+        assert self.patch.recall is not None
+        notes: list[Note] = [note for book in books for note in book.notes]
+        best = torch.cat([book.similarity(prompts) for book in books], 1).max(1)
+        return [
+            notes[i].text + self.patch.asking if probability >= self.patch.recall.threshold else ""
+            for probability, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
+
+    def look(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Find the rows that hold a note, in the pass that reads the prompt."""
+        now = current_pass()
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is None or (now is not None and now.ends is None):
+            return  # given as vectors, or writing on after a prompt that was read
+        mask = torch.ones_like(ids) if now is None else now.mask
+        texts = [self.lm.tokens.decode(row[kept.bool()].tolist()) for row, kept in zip(ids, mask, strict=True)]
+        held = [any(book.holds_note(text) for book in self._books()) for text in texts]
+        routed = torch.tensor(held, device=ids.device)
+        if now is None:
+            self._alone = routed
+        else:
+            now.notes[self] = routed
+
+    def adding(self, change: LowRank) -> Callable[[Tensor, Tensor], Tensor]:
+        """What a module puts out, the adapter's part added in those rows."""
+
+        def add(x: Tensor, out: Tensor) -> Tensor:
+            now: Pass | None = current_pass()
+            routed = self._alone if now is None else now.notes.get(self)
+            if routed is None or not routed.any() or self._books()[-1] is not self.patch:
+                return out
+            rows = out.reshape(len(routed), -1, out.shape[-1])
+            read = x.reshape(len(routed), -1, x.shape[-1])[routed]
+            changed = change.added(read, rows[routed])
+            return rows.index_put((routed.nonzero()[:, 0],), changed).reshape(out.shape)
+
+        return add
+
+    def _books(self) -> list[RoutedPatch]:
+        """The patches of this editor that lie on the model, first to last."""
+        found = [p for p in self.lm.patches if isinstance(p, RoutedPatch) and p.editor == self.patch.editor]
+        return found or [self.patch]
