@@ -126,10 +126,10 @@ def book(lm, keys, values, radii_, moved=None):
         provenance,
         SITE,
         torch.tensor(keys),
-        torch.tensor(values),
         torch.tensor(radii_),
         ("x",) * len(keys),
-        moved or {},
+        values=torch.tensor(values),
+        moved=moved or {},
     )
 
 

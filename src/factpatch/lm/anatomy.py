@@ -12,6 +12,7 @@ from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from factpatch.errors import AnatomyError
@@ -95,6 +96,15 @@ class Anatomy:
     def hidden_size(self) -> int:
         """Width of the residual stream."""
         return int(self.head.weight.shape[1])
+
+    @property
+    def activation(self) -> nn.Module:
+        """The MLP's activation function, as the model's config names it; BLOOM's is a GELU that its config leaves out."""
+        names = ("hidden_act", "hidden_activation", "activation_function", "activation")
+        config = self.model.config
+        found = next((getattr(config, name) for name in names if isinstance(getattr(config, name, None), str)), "gelu")
+        module: nn.Module = ACT2FN[found]
+        return module
 
     @property
     def embedding(self) -> nn.Module:

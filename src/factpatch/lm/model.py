@@ -152,13 +152,21 @@ class LM:
     @contextmanager
     def unpatched(self) -> Iterator[LM]:
         """The base model for the length of a `with`; afterwards the same patches lie on it again."""
-        lifted = self.patches
-        for patch in reversed(lifted):
+        with self.without(*self.patches):
+            yield self
+
+    @contextmanager
+    def without(self, *patches: Attachable) -> Iterator[LM]:
+        """These patches off for the length of a `with`; afterwards the same stack lies on the model again."""
+        stack = self.patches
+        for patch in reversed(patches):  # from the top, so that little has to be lifted and laid on again
             self.remove(patch)
         try:
             yield self
         finally:
-            for patch in lifted:
+            for patch in reversed(self.patches):
+                self.remove(patch)
+            for patch in stack:
                 self.apply(patch)
 
     def encode(

@@ -29,6 +29,7 @@ __all__ = [
     "Prediction",
     "Sampler",
     "UpperRun",
+    "by_rows",
     "current_pass",
     "evaluating",
     "generate",
@@ -115,6 +116,13 @@ _PASS: ContextVar[Pass | None] = ContextVar("pass", default=None)
 def current_pass() -> Pass | None:
     """The forward pass that is going on; None if the model was called from elsewhere."""
     return _PASS.get()
+
+
+def by_rows(activation: Tensor) -> Float[Tensor, "rows seq width"]:
+    """What a module reads or puts out, with a row for each text; some blocks flatten the first two axes."""
+    now = current_pass()
+    rows = len(now.mask) if now is not None else (len(activation) if activation.ndim == 3 else 1)
+    return activation.reshape(rows, -1, activation.shape[-1])
 
 
 @contextmanager

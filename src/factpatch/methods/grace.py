@@ -17,12 +17,12 @@ from factpatch.edits import Edit
 from factpatch.lm import LM
 from factpatch.lm.anatomy import Projection
 from factpatch.lm.hooks import replacing_output
-from factpatch.lm.run import Batch, input_of, output_of
+from factpatch.lm.run import output_of
 from factpatch.methods.base import Config, Method, Traits
-from factpatch.methods.keys import context_prefixes
+from factpatch.methods.placing import key_of, placed, spacing
 from factpatch.methods.targets import TargetBatch, with_targets
 from factpatch.patches.base import Provenance
-from factpatch.patches.codebook import UNMOVED, CodebookPatch, nearest, radii
+from factpatch.patches.codebook import CodebookPatch
 from factpatch.progress import Progress
 
 __all__ = ["Grace", "GraceConfig"]
@@ -66,13 +66,13 @@ class Grace(Method[GraceConfig]):
         layer = round(lm.anatomy.n_layers * 5 / 6) if config.layer is None else config.layer
         projection = lm.anatomy.mlp_out(layer)
         provenance = self.provenance(lm, config.model_copy(update={"layer": layer}), edits)
-        radius = config.radius * _spacing(lm, projection, config.seed)
+        radius = config.radius * spacing(lm, projection, config.seed)
         book = _empty(provenance, projection)
         notes: list[dict[str, Any]] = []
         for i, edit in enumerate(edits):
             progress("Editing the codebook", i, len(edits))
             with lm.patched(book):
-                key = _key(lm, projection, edit, chat=config.chat)
+                key = key_of(lm, projection, edit, chat=config.chat)
                 book, note = self._learn(lm, book, edit, key, radius, projection, layer, config)
             notes.append({"edit": edit.id, **note})
         progress("Editing the codebook", len(edits), len(edits))
@@ -89,22 +89,14 @@ class Grace(Method[GraceConfig]):
         layer: int,
         config: GraceConfig,
     ) -> tuple[CodebookPatch, dict[str, Any]]:
-        """Algorithm 1: add, split or widen."""
-        books = CodebookPatch.on(lm, book.site)
-        labels = [label for each in books for label in each.labels]
-        split = False
-        if labels:
-            found = nearest(key[None], books)
-            at, distance = int(found.entry), float(found.distance)
-            reach = float(radii(books)[at])
-            if distance <= radius + reach:
-                if labels[at] == edit.target:
-                    return _with_radius(book, books, at, max(reach, distance)), {"codebook": "widened"}
-                book = _with_radius(book, books, at, distance / 2 - 1e-5)
-                radius, split = distance / 2, True
+        """Algorithm 1, and the value of a new entry."""
+        place = placed(CodebookPatch.on(lm, book.site), key, edit.target, radius)
+        book = replace(book, radii=place.radii, moved=place.moved)
+        if place.radius is None:
+            return book, {"codebook": place.how}
         value, losses = _value(lm, edit, projection, layer, config)
         note = {
-            "codebook": "split" if split else "added",
+            "codebook": place.how,
             "steps": len(losses),
             "first_loss": round(losses[0], 6),
             "last_loss": round(losses[-1], 6),
@@ -113,7 +105,7 @@ class Grace(Method[GraceConfig]):
             book,
             keys=torch.cat([book.keys, key[None].cpu()]),
             values=torch.cat([book.values, value[None].cpu()]),
-            radii=torch.cat([book.radii, torch.tensor([radius])]),
+            radii=torch.cat([book.radii, torch.tensor([place.radius])]),
             labels=(*book.labels, edit.target),
         )
         return added, note
@@ -122,38 +114,7 @@ class Grace(Method[GraceConfig]):
 def _empty(provenance: Provenance, projection: Projection) -> CodebookPatch:
     out, width = projection.matrix.shape
     site = projection.parameter.removesuffix(".weight")
-    return CodebookPatch(provenance, site, torch.empty(0, width), torch.empty(0, out), torch.empty(0), ())
-
-
-def _with_radius(book: CodebookPatch, books: list[CodebookPatch], at: int, radius: float) -> CodebookPatch:
-    """`book`, the uppermost of `books`, with the radius of entry `at`, counted through them all, set anew."""
-    for each in books:
-        if at < len(each.keys):
-            break
-        at -= len(each.keys)
-    if each is books[-1]:
-        own = book.radii.clone()
-        own[at] = radius
-        return replace(book, radii=own)
-    moved = book.moved.get(each.id, torch.full_like(each.radii, UNMOVED)).clone()
-    moved[at] = radius
-    return replace(book, moved={**book.moved, each.id: moved})
-
-
-def _key(lm: LM, projection: Projection, edit: Edit, *, chat: bool) -> Float[Tensor, " in"]:
-    ids = lm.tokens.encode(edit.prompt, edit.target, chat=chat).prompt_ids
-    return input_of(lm, projection.module, Batch.of([ids], lm.device))[0, -1].float()
-
-
-def _spacing(lm: LM, projection: Projection, seed: int) -> float:
-    """The median distance between the keys of two short texts that the model writes."""
-
-    def measure() -> float:
-        texts = [lm.tokens.encode(prefix.rstrip()).ids for prefix in context_prefixes(lm, 20, seed)[1:]]
-        keys = [input_of(lm, projection.module, Batch.of([ids], lm.device))[0, -1].float() for ids in texts]
-        return float(torch.pdist(torch.stack(keys)).median())
-
-    return lm.once(("grace spacing", projection.parameter, seed), measure)
+    return CodebookPatch(provenance, site, torch.empty(0, width), torch.empty(0), (), values=torch.empty(0, out))
 
 
 def _value(

@@ -2,7 +2,19 @@
 
 from factpatch.patches.base import Patch, Provenance
 from factpatch.patches.context import ContextPatch, Note, Recall
+from factpatch.patches.delta import Dense, LowRank, Sparse
 from factpatch.patches.merge import merge
-from factpatch.patches.weight import Dense, LowRank, WeightPatch
+from factpatch.patches.weight import WeightPatch
 
-__all__ = ["ContextPatch", "Dense", "LowRank", "Note", "Patch", "Provenance", "Recall", "WeightPatch", "merge"]
+__all__ = [
+    "ContextPatch",
+    "Dense",
+    "LowRank",
+    "Note",
+    "Patch",
+    "Provenance",
+    "Recall",
+    "Sparse",
+    "WeightPatch",
+    "merge",
+]

@@ -1,10 +1,14 @@
-"""`CodebookPatch`: a module's output is replaced where its input comes near to a stored key (GRACE, arXiv 2211.11031)."""
+"""Codebooks: entries with a key and a radius at one module, and what happens where a prompt comes near to one.
+
+`CodebookPatch` here replaces the module's output (GRACE, arXiv 2211.11031); `SlicePatch` in `patches/slices.py` turns on a
+low-rank slice of later modules (MELO, arXiv 2312.11795).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -12,93 +16,134 @@ from torch import Tensor, nn
 
 from factpatch.errors import BadPatch, WrongBase
 from factpatch.lm import LM
-from factpatch.lm.run import current_pass
+from factpatch.lm.run import by_rows, current_pass
 from factpatch.patches.base import Patch, Provenance
 
-__all__ = ["UNMOVED", "CodebookPatch", "Nearest", "nearest", "radii"]
+__all__ = ["UNMOVED", "Codebook", "CodebookPatch", "Nearest", "nearest", "radii"]
+
+B = TypeVar("B", bound="Codebook")
 
 
 @dataclass(frozen=True, eq=False)
-class CodebookPatch(Patch):
-    """Entries of a codebook at one module.
+class Codebook(Patch):
+    """Base of patches with a codebook. Those of one kind that lie on one module act as one.
 
-    Where a prompt's last token comes within an entry's radius of its key, and no key is nearer, the entry's value takes the
-    place of the module's output there. Codebooks that lie on one module act as one; a later one may move the radii of
-    entries beneath it, as long as it lies there.
+    An entry acts where a prompt's last token comes within its radius of its key, and no key is nearer. A later codebook may
+    move the radii of entries beneath it, as long as it lies there.
 
-    site    the module
+    site    the module whose input is compared with the keys
     labels  what each entry makes the model say
     moved   by id of a patch beneath: new radii of its entries, `UNMOVED` where they stay
     """
 
-    kind: ClassVar[str] = "codebook"
     site: str
     keys: Float[Tensor, "entries in"]
-    values: Float[Tensor, "entries out"]
     radii: Float[Tensor, " entries"]
     labels: tuple[str, ...]
-    moved: Mapping[str, Tensor] = field(default_factory=dict)
+    moved: Mapping[str, Tensor] = field(default_factory=dict, kw_only=True)
 
-    def attach(self, lm: LM) -> Callable[[], None]:
-        """Hook onto the module; of several codebooks there, the uppermost acts for all."""
-        self.check_base(lm)
+    @classmethod
+    def on(cls: type[B], lm: LM, site: str) -> list[B]:
+        """The codebooks of this kind that lie on one module, first to last."""
+        return [patch for patch in lm.patches if isinstance(patch, cls) and patch.site == site]
+
+    def module(self, lm: LM, name: str) -> nn.Module:
+        """A module by name. Raises WrongBase."""
         try:
-            module = lm.model.get_submodule(self.site)
+            return lm.model.get_submodule(name)
         except AttributeError:
             raise WrongBase(
-                f"the codebook belongs to {self.site}; {lm.name} has no such module.\n"
+                f"the codebook belongs to {name}; {lm.name} has no such module.\n"
                 "  The patch's folder may be damaged; make it again with: factpatch edit"
             ) from None
 
-        def act(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-            books = self.on(lm, self.site) or [self]
-            now = current_pass()
-            # The passes that write on read what was put at the prompt's end from the cache.
-            writing_on = now is not None and now.ends is None
-            if books[-1] is not self or writing_on or not any(len(book.keys) for book in books):
-                return out
-            shape = out.shape[:-1] if now is None else now.mask.shape
-            grid = out.reshape(*shape, -1)
-            rows = torch.arange(grid.shape[0], device=out.device)
-            ends = torch.full_like(rows, grid.shape[1] - 1) if now is None or now.ends is None else now.ends
-            found = nearest(args[0].reshape(*shape, -1)[rows, ends], books)
-            hit = found.within
-            values = torch.cat([book.values for book in books]).to(out.device, out.dtype)[found.entry]
-            return grid.index_put((rows[hit], ends[hit]), values[hit]).reshape(out.shape)
+    def books(self: B, lm: LM) -> list[B]:
+        """The codebooks of this kind on this site, first to last; itself alone while it is being laid on."""
+        return self.on(lm, self.site) or [self]
 
-        handle = module.register_forward_hook(act)
-        return handle.remove
+    def hits(self, lm: LM, read: Tensor) -> Hits | None:
+        """Which entries are near to the prompts of this pass, counted through all books; `read` is what the site reads.
 
-    @classmethod
-    def on(cls, lm: LM, site: str) -> list[CodebookPatch]:
-        """The codebooks that lie on one module, first to last."""
-        return [patch for patch in lm.patches if isinstance(patch, cls) and patch.site == site]
+        None if this pass reads no prompt.
+        """
+        books = self.books(lm)
+        now = current_pass()
+        # The passes that write on read what was put at the prompt's end from the cache.
+        writing_on = now is not None and now.ends is None
+        if writing_on or not any(len(book.keys) for book in books):
+            return None
+        grid = by_rows(read)
+        rows = torch.arange(len(grid), device=grid.device)
+        ends = torch.full_like(rows, grid.shape[1] - 1) if now is None or now.ends is None else now.ends
+        found = nearest(grid[rows, ends], books)
+        return Hits(rows[found.within], ends[found.within], found.entry[found.within])
 
     def tensors(self) -> dict[str, Tensor]:
-        """Keys, values and radii, and the radii it moves."""
-        own = {"keys": self.keys, "values": self.values, "radii": self.radii}
+        """Keys and radii, and the radii it moves."""
+        own = {"keys": self.keys, "radii": self.radii}
         return own | {f"{_MOVED}{name}": radii for name, radii in self.moved.items()}
 
     def spec(self) -> dict[str, Any]:
         """Site and labels."""
         return {"site": self.site, "labels": list(self.labels)}
 
+    @staticmethod
+    def check_parts(spec: Mapping[str, Any], tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+        """The radii that are moved. Raises BadPatch unless the named tensors have as many rows as there are labels."""
+        counts = {len(tensors[name]) if name in tensors else None for name in names} | {len(spec.get("labels", ()))}
+        if len(counts) > 1 or "site" not in spec:
+            raise BadPatch(
+                f"patch.safetensors: expected as many {', '.join(names[:-1])} and {names[-1]} as the codebook has labels.\n"
+                "  The file is damaged; make the patch again with: factpatch edit"
+            )
+        return {name.removeprefix(_MOVED): t for name, t in tensors.items() if name.startswith(_MOVED)}
+
+
+@dataclass(frozen=True, slots=True)
+class Hits:
+    """Rows of a batch that an entry acts in, the column of each row's last prompt token, and the entry's number."""
+
+    rows: Int[Tensor, " hits"]
+    ends: Int[Tensor, " hits"]
+    entry: Int[Tensor, " hits"]
+
+
+@dataclass(frozen=True, eq=False)
+class CodebookPatch(Codebook):
+    """The entry's value takes the place of the module's output at the prompt's last token."""
+
+    kind: ClassVar[str] = "codebook"
+    values: Float[Tensor, "entries out"] = field(kw_only=True)
+
+    def attach(self, lm: LM) -> Callable[[], None]:
+        """Hook onto the module; of several codebooks there, the uppermost acts for all."""
+        self.check_base(lm)
+
+        def act(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+            books = self.books(lm)
+            hits = self.hits(lm, args[0]) if books[-1] is self else None
+            if hits is None:
+                return out
+            grid = by_rows(out)
+            values = torch.cat([book.values for book in books])
+            chosen = values.to(out.device, out.dtype)[hits.entry]
+            return grid.index_put((hits.rows, hits.ends), chosen).reshape(out.shape)
+
+        handle = self.module(lm, self.site).register_forward_hook(act)
+        return handle.remove
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Keys, values and radii, and the radii it moves."""
+        return super().tensors() | {"values": self.values}
+
     @classmethod
     def from_parts(
         cls, provenance: Provenance, spec: Mapping[str, Any], tensors: Mapping[str, Tensor]
     ) -> CodebookPatch:
         """From what `spec` and `tensors` gave."""
-        own = {name: tensors.get(name) for name in ("keys", "values", "radii")}
-        counts = {None if tensor is None else len(tensor) for tensor in own.values()} | {len(spec.get("labels", ()))}
-        if len(counts) > 1 or "site" not in spec:
-            raise BadPatch(
-                "patch.safetensors: expected as many keys, values and radii as the codebook has labels.\n"
-                "  The file is damaged; make the patch again with: factpatch edit"
-            )
-        moved = {name.removeprefix(_MOVED): t for name, t in tensors.items() if name.startswith(_MOVED)}
-        return CodebookPatch(
-            provenance, spec["site"], tensors["keys"], tensors["values"], tensors["radii"], tuple(spec["labels"]), moved
-        )
+        moved = cls.check_parts(spec, tensors, ("keys", "values", "radii"))
+        keys, radii, labels = tensors["keys"], tensors["radii"], tuple(spec["labels"])
+        return CodebookPatch(provenance, spec["site"], keys, radii, labels, values=tensors["values"], moved=moved)
 
     def changes(self) -> list[dict[str, Any]]:
         """One row: the module."""
@@ -118,7 +163,7 @@ class Nearest:
     within: Tensor
 
 
-def nearest(queries: Float[Tensor, "queries in"], books: Sequence[CodebookPatch]) -> Nearest:
+def nearest(queries: Float[Tensor, "queries in"], books: Sequence[Codebook]) -> Nearest:
     """By Euclidean distance; the radii are those that the uppermost book leaves."""
     exact = queries.float()
     keys = torch.cat([book.keys for book in books]).to(exact)
@@ -126,7 +171,7 @@ def nearest(queries: Float[Tensor, "queries in"], books: Sequence[CodebookPatch]
     return Nearest(entry, distance, distance <= radii(books).to(exact)[entry])
 
 
-def radii(books: Sequence[CodebookPatch]) -> Float[Tensor, " entries"]:
+def radii(books: Sequence[Codebook]) -> Float[Tensor, " entries"]:
     """Of all entries of all books, as the books above have moved them."""
     now = {book.id: book.radii for book in books}
     for book in books:

@@ -18,10 +18,10 @@ from factpatch.lm import LM
 from factpatch.lm.encoder import sentence_encoder
 from factpatch.lm.hooks import replacing_output
 from factpatch.lm.model import raw_bytes
-from factpatch.lm.run import Pass, current_pass
+from factpatch.lm.run import Pass, by_rows, current_pass
 from factpatch.patches.base import Provenance
 from factpatch.patches.context import ContextPatch, Note
-from factpatch.patches.weight import LowRank
+from factpatch.patches.delta import LowRank, tensors_of
 
 __all__ = ["RoutedPatch", "Scope"]
 
@@ -102,9 +102,7 @@ class RoutedPatch(ContextPatch):
     def tensors(self) -> dict[str, Tensor]:
         """The classifier's, and the adapter's by module."""
         own = {f"{_SCOPE}{name}": getattr(self.scope, name) for name in Scope.__dataclass_fields__}
-        return own | {
-            f"{name}.{part}": t for name, change in self.adapter.items() for part, t in change.parts().items()
-        }
+        return own | tensors_of(self.adapter)
 
     @classmethod
     def from_parts(cls, provenance: Provenance, spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> RoutedPatch:
@@ -173,9 +171,8 @@ class _Router:
             routed = self._alone if now is None else now.notes.get(self)
             if routed is None or not routed.any() or self._books()[-1] is not self.patch:
                 return out
-            rows = out.reshape(len(routed), -1, out.shape[-1])
-            read = x.reshape(len(routed), -1, x.shape[-1])[routed]
-            changed = change.added(read, rows[routed])
+            rows = by_rows(out)
+            changed = change.added(by_rows(x)[routed], rows[routed])
             return rows.index_put((routed.nonzero()[:, 0],), changed).reshape(out.shape)
 
         return add

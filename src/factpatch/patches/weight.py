@@ -8,92 +8,18 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from factpatch.errors import BadPatch, WrongBase
+from factpatch.errors import WrongBase
 from factpatch.lm import LM
 from factpatch.lm.anatomy import Projection
 from factpatch.patches.base import Patch, Provenance
+from factpatch.patches.delta import Delta, Dense, LowRank, deltas_of, tensors_of
 
-__all__ = ["Delta", "Dense", "LowRank", "WeightPatch", "point"]
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class LowRank:
-    """`u @ v`, never multiplied out before it must be."""
-
-    u: Float[Tensor, "rows rank"]
-    v: Float[Tensor, "rank cols"]
-
-    @property
-    def shape(self) -> torch.Size:
-        """Of the matrix it stands for."""
-        return torch.Size((self.u.shape[0], self.v.shape[1]))
-
-    def full(self) -> Float[Tensor, "rows cols"]:
-        """The matrix itself."""
-        return self.u @ self.v
-
-    @property
-    def T(self) -> LowRank:  # noqa: N802
-        """The transpose."""
-        return LowRank(self.v.T, self.u.T)
-
-    def __add__(self, other: LowRank) -> LowRank:
-        """The sum, of rank at most the sum of ranks."""
-        return LowRank(torch.cat([self.u, other.u], 1), torch.cat([self.v, other.v], 0))
-
-    def added(self, x: Float[Tensor, "*batch cols"], out: Float[Tensor, "*batch rows"]) -> Float[Tensor, "*batch rows"]:
-        """What a map puts out with this change of its matrix, `x` being what it reads and `out` what it puts out without."""
-        u, v = self.u.to(x.device, torch.float32), self.v.to(x.device, torch.float32)
-        return out + (x.float() @ v.T @ u.T).to(out.dtype)
-
-    def parts(self) -> dict[str, Tensor]:
-        """Its tensors, by the suffix they are saved under."""
-        return {"u": self.u, "v": self.v}
-
-    def norm(self) -> float:
-        """Frobenius norm: `||u v||² = tr((uᵀu)(v vᵀ))`."""
-        u, v = self.u.double(), self.v.double()
-        return float(((u.T @ u) * (v @ v.T)).sum().clamp(min=0).sqrt())
+__all__ = ["WeightPatch", "point"]
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Dense:
-    """Any change, written out."""
-
-    dense: Float[Tensor, "*shape"]
-
-    @property
-    def shape(self) -> torch.Size:
-        """Of the parameter it changes."""
-        return self.dense.shape
-
-    @property
-    def T(self) -> Dense:  # noqa: N802
-        """The transpose of a matrix."""
-        return Dense(self.dense.T.contiguous())
-
-    def full(self) -> Float[Tensor, "*shape"]:
-        """The change itself."""
-        return self.dense
-
-    def parts(self) -> dict[str, Tensor]:
-        """Its tensors, by the suffix they are saved under."""
-        return {"dense": self.dense}
-
-    def norm(self) -> float:
-        """Frobenius norm."""
-        return float(self.dense.double().norm())
-
-
-Delta = LowRank | Dense
 _STATE = "state:"
-_FORMS: dict[frozenset[str], Callable[..., Delta]] = {
-    frozenset({"u", "v"}): LowRank,
-    frozenset({"dense"}): Dense,
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,8 +60,7 @@ class WeightPatch(Patch):
 
     def tensors(self) -> dict[str, Tensor]:
         """`<parameter>.u` and `.v`, or `<parameter>.dense`; `state:<name>` for state."""
-        changes = {f"{name}.{part}": t for name, delta in self.deltas.items() for part, t in delta.parts().items()}
-        return changes | {f"{_STATE}{name}": t for name, t in self.state.items()}
+        return tensors_of(self.deltas) | {f"{_STATE}{name}": t for name, t in self.state.items()}
 
     @classmethod
     def from_parts(
@@ -145,22 +70,7 @@ class WeightPatch(Patch):
         tensors: Mapping[str, Tensor],
     ) -> WeightPatch:
         """Group tensors by parameter."""
-        grouped: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in tensors.items():
-            if key.startswith(_STATE):
-                continue
-            name, _, part = key.rpartition(".")
-            grouped.setdefault(name, {})[part] = tensor
-        deltas = {}
-        for name, parts in grouped.items():
-            form = _FORMS.get(frozenset(parts))
-            if form is None or ("u" in parts and not _joinable(parts["u"], parts["v"])):
-                shapes = {part: tuple(t.shape) for part, t in parts.items()}
-                raise BadPatch(
-                    f"patch.safetensors: {name} has {shapes}; expected u (rows, rank) with v (rank, cols), or dense.\n"
-                    "  The file is damaged; make the patch again with: factpatch edit"
-                )
-            deltas[name] = form(**parts)
+        deltas = deltas_of({key: tensor for key, tensor in tensors.items() if not key.startswith(_STATE)})
         state = {key.removeprefix(_STATE): tensor for key, tensor in tensors.items() if key.startswith(_STATE)}
         return WeightPatch(provenance, deltas, state)
 
@@ -169,7 +79,7 @@ class WeightPatch(Patch):
         return [
             {
                 "part": name,
-                "form": f"rank {delta.u.shape[1]}" if isinstance(delta, LowRank) else "dense",
+                "form": delta.form,
                 "shape": list(delta.shape),
                 "norm": round(delta.norm(), 6),
             }
@@ -182,10 +92,6 @@ def _smaller(delta: Delta) -> Delta:
     if isinstance(delta, LowRank) and delta.u.numel() + delta.v.numel() > delta.shape.numel():
         return Dense(delta.full())
     return delta
-
-
-def _joinable(u: Tensor, v: Tensor) -> bool:
-    return u.ndim == v.ndim == 2 and u.shape[1] == v.shape[0]
 
 
 def _plus(weight: Tensor, delta: Delta) -> Tensor:
