@@ -18,12 +18,25 @@ if TYPE_CHECKING:
     from factpatch.data import read
     from factpatch.edits import Edit, Probe
     from factpatch.errors import FactpatchError
-    from factpatch.lm import LM, load
+    from factpatch.lm import LM, connect, load
     from factpatch.methods import create as method
     from factpatch.patches import Patch, merge
     from factpatch.scoring import Scorecard, Scorer
 
-__all__ = ["LM", "Edit", "FactpatchError", "Patch", "Probe", "Scorecard", "Scorer", "load", "merge", "method", "read"]
+__all__ = [
+    "LM",
+    "Edit",
+    "FactpatchError",
+    "Patch",
+    "Probe",
+    "Scorecard",
+    "Scorer",
+    "connect",
+    "load",
+    "merge",
+    "method",
+    "read",
+]
 
 _WHERE = {
     "Edit": "factpatch.edits:Edit",
@@ -33,6 +46,7 @@ _WHERE = {
     "Probe": "factpatch.edits:Probe",
     "Scorecard": "factpatch.scoring:Scorecard",
     "Scorer": "factpatch.scoring:Scorer",
+    "connect": "factpatch.lm:connect",
     "load": "factpatch.lm:load",
     "merge": "factpatch.patches:merge",
     "method": "factpatch.methods:create",

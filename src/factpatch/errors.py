@@ -8,6 +8,7 @@
     │   ├── UnknownModel       no such short name, folder, file or hub id
     │   ├── UnknownDevice      no such place to run it
     │   ├── FetchError         a download that failed or arrived damaged
+    │   ├── RemoteError        an endpoint that cannot be reached, or does not answer as it should
     │   ├── AnatomyError       a part of the network that could not be found
     │   └── TokenizerError     a tokenizer that cannot do what editing needs
     ├── MethodError            the editing method
@@ -47,6 +48,7 @@ __all__ = [
     "ModelError",
     "OutputError",
     "PatchError",
+    "RemoteError",
     "SingularMoment",
     "TokenizerError",
     "UnknownDevice",
@@ -99,6 +101,10 @@ class UnknownDevice(ModelError):
 
 class FetchError(ModelError):
     """A download failed or arrived damaged."""
+
+
+class RemoteError(ModelError):
+    """An endpoint that cannot be reached, refuses, or does not answer as it should."""
 
 
 class AnatomyError(ModelError):

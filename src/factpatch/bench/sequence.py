@@ -10,7 +10,7 @@ from typing import Any
 from factpatch.bench.singles import Failure
 from factpatch.edits import Edit
 from factpatch.errors import CannotEdit, TokenizerError
-from factpatch.lm import LM
+from factpatch.lm import BaseLM
 from factpatch.methods import Method
 from factpatch.progress import Progress, silent
 from factpatch.scoring import Scorecard, Scorer
@@ -38,7 +38,7 @@ class Sequential:
 
 
 def score_sequence(
-    lm: LM,
+    lm: BaseLM,
     method: Method[Any],
     edits: Sequence[Edit],
     scorer: Scorer,

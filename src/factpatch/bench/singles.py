@@ -9,7 +9,7 @@ from typing import Any
 
 from factpatch.edits import Edit
 from factpatch.errors import CannotEdit, TokenizerError
-from factpatch.lm import LM
+from factpatch.lm import BaseLM
 from factpatch.methods import Method
 from factpatch.progress import Progress, silent
 from factpatch.scoring import Scorecard, Scorer
@@ -38,7 +38,7 @@ class Singles:
 
 
 def score_singly(
-    lm: LM, method: Method[Any], edits: Sequence[Edit], scorer: Scorer, progress: Progress = silent
+    lm: BaseLM, method: Method[Any], edits: Sequence[Edit], scorer: Scorer, progress: Progress = silent
 ) -> Singles:
     """Fit, lay on, score and take off each edit by itself.
 

@@ -8,12 +8,14 @@ from typing import Annotated
 import typer
 
 from factpatch.cli.terminal import (
+    BaseUrlOption,
     ChatOption,
     DeviceOption,
     DTypeOption,
     JsonOption,
     ModelOption,
     line,
+    open_model,
     print_json,
     progress,
 )
@@ -23,6 +25,7 @@ EXAMPLES = """
 
   factpatch ask "The capital of France is"
   factpatch ask --patch lyon "The capital of France is"
+  factpatch ask --model openai:my-model --base-url http://localhost:8000/v1 --chat "Who leads Acme?"
   factpatch ask --patch lyon --patch acme --chat "What is the capital of France?"
 """
 
@@ -35,6 +38,7 @@ def register(app: typer.Typer) -> None:
 def ask(
     prompt: Annotated[str, typer.Argument(help="What to ask.")],
     model: ModelOption = "smollm2-135m",
+    base_url: BaseUrlOption = None,
     patch: Annotated[list[Path] | None, typer.Option(help="Patch folder; may be repeated, in order.")] = None,
     chat: ChatOption = False,
     dtype: DTypeOption = None,
@@ -42,12 +46,11 @@ def ask(
     as_json: JsonOption = False,
 ) -> None:
     """Ask the model, without and with patches; greedy, up to the end of a line or sentence."""
-    from factpatch.lm import load
     from factpatch.patches import Patch
 
     patches = [Patch.load(folder) for folder in patch or []]
     with progress() as report:
-        lm = load(model, dtype=dtype, device=device, progress=report)
+        lm = open_model(model, base_url=base_url, dtype=dtype, device=device, progress=report)
         with lm.patched(*patches):
             after = lm.ask(prompt, chat=chat)
         before = lm.ask(prompt, chat=chat) if patches else after

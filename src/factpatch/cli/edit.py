@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from factpatch.cli.terminal import (
+    BaseUrlOption,
     ChatOption,
     DeviceOption,
     DTypeOption,
@@ -18,6 +19,7 @@ from factpatch.cli.terminal import (
     change_line,
     line,
     method_settings,
+    open_model,
     out,
     print_json,
     probe_table,
@@ -36,6 +38,7 @@ EXAMPLES = """
 
   factpatch edit --subject France --prompt "The capital of France is" --target Lyon --out lyon
   factpatch edit --method ft-m --prompt "Who leads Acme?" --target "Jo Park" --out acme --set steps=40
+  factpatch edit --method retrieval --model openai:my-model --base-url http://localhost:8000/v1 --edits facts.csv --out facts
   factpatch edit --method r-rome --edits facts.jsonl --out facts
 """
 
@@ -47,6 +50,7 @@ def register(app: typer.Typer) -> None:
 
 def edit(
     model: ModelOption = "smollm2-135m",
+    base_url: BaseUrlOption = None,
     method: Annotated[str, typer.Option(help="How to edit; see: factpatch methods")] = "rome",
     prompt: Annotated[str | None, typer.Option(help="What the model is asked, without the answer.")] = None,
     target: Annotated[str | None, typer.Option(help="What it should say.")] = None,
@@ -68,7 +72,6 @@ def edit(
     wanted = _edits(prompt, target, subject, edits, limit, skip_invalid)
 
     from factpatch.files import check_output
-    from factpatch.lm import load
     from factpatch.methods import create
     from factpatch.scoring import Scorer
 
@@ -76,7 +79,7 @@ def edit(
     maker = create(method, method_settings(settings, chat=chat))
     maker.check(wanted)
     with progress() as report:
-        lm = load(model, dtype=dtype, device=device, progress=report)
+        lm = open_model(model, base_url=base_url, dtype=dtype, device=device, progress=report)
         patch = maker.fit(lm, wanted, report)
         card = Scorer(lm, chat=chat).score(wanted, patch, progress=report)
     patch = patch.with_scorecard(card.to_json())

@@ -9,6 +9,7 @@ import typer
 from rich.text import Text
 
 from factpatch.cli.terminal import (
+    BaseUrlOption,
     ChatOption,
     DeviceOption,
     DTypeOption,
@@ -20,6 +21,7 @@ from factpatch.cli.terminal import (
     line,
     method_settings,
     number,
+    open_model,
     out,
     print_json,
     progress,
@@ -52,6 +54,7 @@ def score(
         str, typer.Option(help="NAME:PATH, the path of a file of your own, or sample; see: factpatch data")
     ],
     model: ModelOption = "smollm2-135m",
+    base_url: BaseUrlOption = None,
     patch: Annotated[list[Path] | None, typer.Option(help="Patch folder; may be repeated, in order.")] = None,
     method: Annotated[str | None, typer.Option(help="Make and score each edit alone with this method.")] = None,
     sequence: Annotated[
@@ -79,7 +82,6 @@ def score(
 
     from factpatch.bench import score_sequence, score_singly
     from factpatch.data import read
-    from factpatch.lm import load
     from factpatch.methods import create
     from factpatch.patches import Patch
     from factpatch.scoring import Scorer
@@ -93,7 +95,7 @@ def score(
     patches = [Patch.load(folder) for folder in patch or []]
     failures: tuple[Failure, ...] = ()
     with progress() as report:
-        lm = load(model, dtype=dtype, device=device, progress=report)
+        lm = open_model(model, base_url=base_url, dtype=dtype, device=device, progress=report)
         scorer = Scorer(lm, chat=chat, seed=seed)
         cards: dict[str, Scorecard | None]
         if maker is None:

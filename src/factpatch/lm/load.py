@@ -13,6 +13,7 @@ from factpatch.errors import UnknownDevice, UnknownModel, did_you_mean
 from factpatch.lm.catalog import CATALOG, DEFAULT_MODEL
 from factpatch.lm.fetch import ensure, ensure_gguf, without_bars
 from factpatch.lm.model import LM
+from factpatch.lm.remote import PREFIX
 from factpatch.progress import Progress, silent
 
 __all__ = ["DTypeName", "load"]
@@ -86,6 +87,11 @@ def _locate(source: str, progress: Progress) -> str:
         raise UnknownModel("the model's name is empty.\n  See the short names: factpatch models")
     if source in CATALOG:
         return str(ensure(CATALOG[source], progress))
+    if source.startswith(PREFIX):
+        raise UnknownModel(
+            f'"{source}": a model behind an endpoint can be edited through its prompt, scored and asked, and nothing else.\n'
+            "  From Python it is opened with factpatch.connect; for the rest name a model whose weights you have."
+        )
     path = Path(source).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():

@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeI
 
 from factpatch.edits import KINDS, Edit, EditKind, first_problem
 from factpatch.errors import BadConfig, CannotEdit, did_you_mean
-from factpatch.lm import LM
+from factpatch.lm import LM, BaseLM
 from factpatch.patches import Patch, Provenance
 from factpatch.progress import Progress, silent
 
@@ -116,10 +116,9 @@ class Method(ABC, Generic[C]):
             about = config_type.model_fields[name.partition(".")[0]].description if name else ""
             raise BadConfig(f'{cls.name}, setting "{name}" ({about}): {problem}') from None
 
-    def resolve(self, lm: LM) -> C:
+    def resolve(self, lm: BaseLM) -> C:
         """The settings for this model: those the user gave, then a preset's for its shape, then the defaults."""
-        shape = (lm.anatomy.n_layers, lm.anatomy.hidden_size)
-        preset = next((p.values for p in self.presets if p.shape == shape), {})
+        preset = next((p.values for p in self.presets if p.shape == lm.shape), {})
         given = {key: getattr(self.config, key) for key in self.config.model_fields_set}
         return self.config_type(**{**preset, **given})
 
@@ -139,15 +138,27 @@ class Method(ABC, Generic[C]):
                     "  Give one (--subject), or choose a method that needs none: factpatch methods"
                 )
 
-    def prepare(self, lm: LM, progress: Progress = silent) -> None:
+    def prepare(self, lm: Any, progress: Progress = silent) -> None:
         """Compute and cache what is costly and depends on the model alone; `fit` does so too when it must."""
 
-    def fit(self, lm: LM, edits: Sequence[Edit], progress: Progress = silent) -> Patch:
+    def check_model(self, lm: BaseLM) -> None:
+        """Raise CannotEdit if the model's weights are not in hand and the method needs them."""
+        if self.traits.patch.needs_weights and not isinstance(lm, LM):
+            from factpatch.methods import find, names  # noqa: PLC0415 - they import this file
+
+            able = [name for name in names() if not find(name).traits.patch.needs_weights]
+            raise CannotEdit(
+                f"{self.name} changes what is inside a model; {lm.name} can only be asked.\n"
+                f"  Choose a method that works through the prompt: {', '.join(able)}"
+            )
+
+    def fit(self, lm: BaseLM, edits: Sequence[Edit], progress: Progress = silent) -> Patch:
         """A patch that makes these edits on `lm` as it stands, patches included; `lm` itself stays as it is.
 
         Raises CannotEdit, BadConfig, AnatomyError, TokenizerError, SingularMoment, OutputError (the cache).
         """
         self.check(edits)
+        self.check_model(lm)
         patch = self.make(lm, tuple(edits), self.resolve(lm), progress)
         if not all(bool(tensor.isfinite().all()) for tensor in patch.tensors().values()):
             names = ", ".join(edit.id for edit in edits[:3])
@@ -158,11 +169,11 @@ class Method(ABC, Generic[C]):
         return patch
 
     @abstractmethod
-    def make(self, lm: LM, edits: tuple[Edit, ...], config: C, progress: Progress) -> Patch:
+    def make(self, lm: Any, edits: tuple[Edit, ...], config: C, progress: Progress) -> Patch:
         """The work of `fit`, on checked edits and with settled settings."""
 
     def provenance(
-        self, lm: LM, config: C, edits: tuple[Edit, ...], notes: Sequence[Mapping[str, Any]] = ()
+        self, lm: BaseLM, config: C, edits: tuple[Edit, ...], notes: Sequence[Mapping[str, Any]] = ()
     ) -> Provenance:
         """What to write into the patch about its making."""
         return Provenance.of(lm, self.name, config.model_dump(mode="json"), edits, tuple(dict(note) for note in notes))

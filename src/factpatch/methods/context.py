@@ -15,7 +15,7 @@ from pydantic import Field, PositiveInt
 
 from factpatch.data import read
 from factpatch.edits import Edit
-from factpatch.lm import LM
+from factpatch.lm import BaseLM
 from factpatch.lm.encoder import EncoderName, sentence_encoder
 from factpatch.methods.base import Config, Method, Traits
 from factpatch.patches.context import ContextPatch, Note, Recall
@@ -64,13 +64,13 @@ class Ice(Method[Config]):
         joint=True,
     )
 
-    def make(self, lm: LM, edits: tuple[Edit, ...], config: Config, progress: Progress) -> ContextPatch:  # noqa: ARG002
+    def make(self, lm: BaseLM, edits: tuple[Edit, ...], config: Config, progress: Progress) -> ContextPatch:  # noqa: ARG002
         """Write the facts down."""
         return ContextPatch(self.provenance(lm, config, edits), _facts(edits), _ASKING)
 
 
 class _Recalling(Method[R], Generic[R]):
-    def prepare(self, lm: LM, progress: Progress = silent) -> None:
+    def prepare(self, lm: BaseLM, progress: Progress = silent) -> None:
         """Fetch the sentence encoder."""
         sentence_encoder(self.resolve(lm).encoder, progress)
 
@@ -84,7 +84,7 @@ class Retrieval(_Recalling[RetrievalConfig]):
         Ice.traits, paper="the baseline of Zhong et al. 2023, arXiv 2305.14795", prepares="a sentence encoder"
     )
 
-    def make(self, lm: LM, edits: tuple[Edit, ...], config: RetrievalConfig, progress: Progress) -> ContextPatch:
+    def make(self, lm: BaseLM, edits: tuple[Edit, ...], config: RetrievalConfig, progress: Progress) -> ContextPatch:
         """Write the facts down, to be found by their prompts."""
         sentence_encoder(config.encoder, progress)
         recall = Recall(encoder=config.encoder, threshold=config.similarity, most=config.most)
@@ -104,7 +104,7 @@ class Ike(_Recalling[IkeConfig]):
         Ice.traits, paper="Zheng et al. 2023, arXiv 2305.12740", prepares="a sentence encoder, demonstrations"
     )
 
-    def make(self, lm: LM, edits: tuple[Edit, ...], config: IkeConfig, progress: Progress) -> ContextPatch:
+    def make(self, lm: BaseLM, edits: tuple[Edit, ...], config: IkeConfig, progress: Progress) -> ContextPatch:
         """Choose demonstrations for each fact."""
         encoder = sentence_encoder(config.encoder, progress)
         asked = {edit.prompt for edit in edits}

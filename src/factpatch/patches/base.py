@@ -18,7 +18,7 @@ from torch import Tensor
 
 from factpatch.edits import Edit
 from factpatch.errors import WrongBase
-from factpatch.lm import LM
+from factpatch.lm import BaseLM
 from factpatch.lm.model import raw_bytes
 
 __all__ = ["Patch", "Provenance"]
@@ -53,7 +53,7 @@ class Provenance(BaseModel):
     @classmethod
     def of(
         cls,
-        lm: LM,
+        lm: BaseLM,
         method: str,
         config: Mapping[str, Any],
         edits: tuple[Edit, ...],
@@ -78,14 +78,17 @@ class Patch(ABC):
     """A change of what a model says, as a value: apply, remove, save, load, stack, merge, throw away.
 
     `with lm.patched(patch): ...` lays it on and takes it off again, exactly.
+
+    needs_weights  it can only lie on a model whose weights are in hand, not on one behind an endpoint
     """
 
     kind: ClassVar[str]
     tensor_file: ClassVar[str] = "patch.safetensors"
+    needs_weights: ClassVar[bool] = True
     provenance: Provenance
 
     @abstractmethod
-    def attach(self, lm: LM) -> Callable[[], None]:
+    def attach(self, lm: Any) -> Callable[[], None]:
         """Change `lm` and return what undoes exactly that; on an error, change nothing.
 
         Raises WrongBase if the patch was made for another model.
@@ -125,7 +128,7 @@ class Patch(ABC):
             digest.update(raw_bytes(tensor))
         return digest.hexdigest()[:16]
 
-    def check_base(self, lm: LM) -> None:
+    def check_base(self, lm: BaseLM) -> None:
         """Raise WrongBase unless `lm` is the model this patch was made for."""
         if lm.fingerprint != self.provenance.base_fingerprint:
             raise WrongBase(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from factpatch.edits import first_problem
 from factpatch.errors import BadPatch
-from factpatch.lm import LM
+from factpatch.lm import BaseLM
 from factpatch.lm.encoder import EncoderName, sentence_encoder
 from factpatch.patches.base import Patch, Provenance
 
@@ -57,11 +57,12 @@ class ContextPatch(Patch):
     """
 
     kind: ClassVar[str] = "context"
+    needs_weights: ClassVar[bool] = False
     notes: tuple[Note, ...]
     asking: str
     recall: Recall | None = None
 
-    def attach(self, lm: LM) -> Callable[[], None]:
+    def attach(self, lm: BaseLM) -> Callable[[], None]:
         """Add itself to the model's contexts."""
         self.check_base(lm)
         lm.contexts.append(self)

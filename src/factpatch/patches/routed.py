@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from factpatch.errors import BadPatch, WrongBase
-from factpatch.lm import LM
+from factpatch.lm import LM, BaseLM
 from factpatch.lm.encoder import sentence_encoder
 from factpatch.lm.hooks import replacing_output
 from factpatch.lm.model import raw_bytes
@@ -58,12 +58,14 @@ class RoutedPatch(ContextPatch):
     """
 
     kind: ClassVar[str] = "routed"
+    needs_weights: ClassVar[bool] = True
     scope: Scope = field(kw_only=True)
     adapter: Mapping[str, LowRank] = field(kw_only=True)
 
-    def attach(self, lm: LM) -> Callable[[], None]:
+    def attach(self, lm: BaseLM) -> Callable[[], None]:
         """Add itself to the model's contexts, and hook onto the adapter's modules."""
         self.check_base(lm)
+        assert isinstance(lm, LM), "it was made on one"
         modules = dict(lm.model.named_modules())
         missing = [name for name in self.adapter if name not in modules]
         if missing:

@@ -11,10 +11,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from factpatch.edits import Edit, LabelledProbe, Probe
-from factpatch.lm import LM
+from factpatch.lm import LM, BaseLM
 from factpatch.lm.run import Prediction, predict
 from factpatch.scoring.metrics import agreement, begins_with, contains, normalise, same_answer
 
@@ -37,9 +37,10 @@ class Protocol(ABC):
 
     name: ClassVar[ProtocolName]
     version: ClassVar[int]
+    needs_weights: ClassVar[bool] = False
 
     @abstractmethod
-    def observe(self, lm: LM, probes: Sequence[Probe], *, chat: bool) -> list[Seen | None]:
+    def observe(self, lm: Any, probes: Sequence[Probe], *, chat: bool) -> list[Seen | None]:
         """What the model does with each probe; None where the probe cannot be asked in this protocol."""
 
     def cannot_judge(self, edit: Edit, labelled: LabelledProbe) -> str:  # noqa: ARG002
@@ -65,7 +66,7 @@ class OpenProtocol(Protocol):
     name = "open"
     version = 2
 
-    def observe(self, lm: LM, probes: Sequence[Probe], *, chat: bool) -> list[Seen | None]:
+    def observe(self, lm: BaseLM, probes: Sequence[Probe], *, chat: bool) -> list[Seen | None]:
         """Let the model answer."""
         return [Seen(text) for text in lm.answer([probe.prompt for probe in probes], chat=chat)]
 
@@ -100,6 +101,7 @@ class SurveyProtocol(Protocol):
 
     name = "survey"
     version = 1
+    needs_weights = True
 
     def observe(self, lm: LM, probes: Sequence[Probe], *, chat: bool) -> list[Seen | None]:
         """Show the model each answer and read its guesses; a probe without answers cannot be asked."""

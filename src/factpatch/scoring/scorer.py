@@ -9,8 +9,8 @@ import time
 from collections.abc import Sequence
 
 from factpatch.edits import Edit, LabelledProbe, Probe
-from factpatch.lm import LM
-from factpatch.lm.model import Attachable
+from factpatch.errors import BadConfig
+from factpatch.lm import LM, Attachable, BaseLM
 from factpatch.lm.run import Sampler, generate
 from factpatch.progress import Progress, silent
 from factpatch.scoring.metrics import fluency
@@ -29,25 +29,30 @@ _Written = dict[str, str]
 class Scorer:
     """Scores patches on one model.
 
-    protocols  which ones; `open` is the headline
+    protocols  which ones; `open` is the headline. By default both, or of a model that can only be asked, `open`
     chat       put prompts into the chat template
     seed       of the sampled text that fluency is measured on
-    fluency    whether to measure it; it takes as long as all the rest
+    fluency    whether to measure it; it takes as long as all the rest, and the model must be in hand for it
     """
 
     def __init__(
         self,
-        lm: LM,
+        lm: BaseLM,
         *,
-        protocols: Sequence[ProtocolName] = ("open", "survey"),
+        protocols: Sequence[ProtocolName] | None = None,
         chat: bool = False,
         seed: int = 0,
         fluency: bool = True,
     ) -> None:
-        if not protocols:
+        in_hand = isinstance(lm, LM)
+        able = [name for name, protocol in PROTOCOLS.items() if in_hand or not protocol.needs_weights]
+        wanted = able if protocols is None else list(protocols)
+        if not wanted:
             raise ValueError("no protocol was given")
-        self.lm, self.chat, self.seed, self.fluency = lm, chat, seed, fluency
-        self.protocols = [PROTOCOLS[name] for name in protocols]
+        if set(wanted) - set(able):
+            raise BadConfig(f"{lm.name} can only be asked, so it can be scored under these alone: {', '.join(able)}.")
+        self.lm, self.chat, self.seed, self.fluency = lm, chat, seed, fluency and in_hand
+        self.protocols = [PROTOCOLS[name] for name in wanted]
         self._base_asked: _Asked = {}
         self._base_written: _Written = {}
 
@@ -94,12 +99,16 @@ class Scorer:
             seen = protocol.observe(self.lm, probes, chat=self.chat)
             asked |= {(protocol.name, probe): one for probe, one in zip(probes, seen, strict=True)}
         progress(doing, steps - 1, steps)
-        prompts = prompts if self.fluency else ()
-        encoded = [text.ids for text in self.lm.encode(prompts, chat=self.chat)]
-        sampler = Sampler(self.seed, _FLUENCY_TOP_K)
-        written = generate(self.lm, encoded, max_new=FLUENCY_TOKENS, choose=sampler)
+        written = self._write(self.lm, prompts) if self.fluency and isinstance(self.lm, LM) else {}
         progress(doing, steps, steps)
-        return asked, {prompt: self.lm.tokens.decode(ids) for prompt, ids in zip(prompts, written, strict=True)}
+        return asked, written
+
+    def _write(self, lm: LM, prompts: Sequence[str]) -> _Written:
+        """Sampled text after each prompt."""
+        encoded = [text.ids for text in lm.encode(prompts, chat=self.chat)]
+        sampler = Sampler(self.seed, _FLUENCY_TOP_K)
+        written = generate(lm, encoded, max_new=FLUENCY_TOKENS, choose=sampler)
+        return {prompt: lm.tokens.decode(ids) for prompt, ids in zip(prompts, written, strict=True)}
 
     def _rows(self, edit: Edit, asked: _Asked, written: _Written) -> list[ProbeScore]:
         rows = []
