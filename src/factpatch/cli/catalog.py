@@ -21,7 +21,7 @@ def methods(
     name: Annotated[str | None, typer.Argument(help="One method, to see its settings.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """All editing methods, one line each; with a name, that method's settings."""
+    """All editing methods, what each is and needs; with a name, that method's settings."""
     from factpatch.methods import find, names
 
     if name is not None:
@@ -38,8 +38,10 @@ def methods(
             "kinds": sorted(method.traits.kinds),
             "subject": "needed" if method.traits.needs_subject else "not needed",
             "many edits": "jointly" if method.traits.joint else "one after the other",
+            "in sequence": "earlier edits kept in a sequence",
             "prepares": method.traits.prepares or "nothing",
-            "needs": method.traits.needs or "any model",
+            "needs": f"models with {method.traits.needs}" if method.traits.needs else "any model",
+            "endpoints": not method.traits.patch.needs_weights,
         }
         for method in found
     ]
@@ -47,9 +49,10 @@ def methods(
         print_json(rows)
         return
     for row in rows:
-        subject = "needs the subject, " if row["subject"] == "needed" else ""
-        parts = f"{row['family']} ({row['phase']}), {subject}many edits {row['many edits']}, {row['paper']}"
-        line((f"{row['method']:<10}", "bold"), f" {parts}")
+        line((f"{row['method']:<10}", "bold"), f" {row['family']} ({row['phase']}), {row['paper']}")
+        subject = ", needs the subject" if row["subject"] == "needed" else ""
+        made = f"{row['patch']} patch, many edits {row['many edits']}, {row['in sequence']}{subject}"
+        line((f"{'':<11}{made}; prepares {row['prepares']}; fits {row['needs']}", "dim"))
     line(("Settings and presets of one: factpatch methods NAME", "dim"))
 
 

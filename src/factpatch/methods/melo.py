@@ -19,7 +19,7 @@ from factpatch.errors import BadConfig
 from factpatch.lm import LM
 from factpatch.lm.anatomy import Projection
 from factpatch.lm.hooks import replacing_output
-from factpatch.methods.base import Config, Layers, Method, Traits
+from factpatch.methods.base import Config, Layers, Method, Preset, Traits
 from factpatch.methods.placing import key_of, placed, spacing
 from factpatch.methods.targets import TargetBatch, with_targets
 from factpatch.patches import LowRank
@@ -61,6 +61,7 @@ class Melo(Method[MeloConfig]):
         patch=SlicePatch,
         needs="MLP output projection",
     )
+    presets = (Preset((30, 576), {"layer": 20}, "SmolLM2-135M, measured: docs/results/tuning/melo.md"),)
 
     def make(self, lm: LM, edits: tuple[Edit, ...], config: MeloConfig, progress: Progress) -> SlicePatch:
         """One edit after the other, each in view of all clusters that are there already."""

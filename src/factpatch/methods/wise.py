@@ -21,7 +21,7 @@ from factpatch.lm import LM
 from factpatch.lm.anatomy import Projection
 from factpatch.lm.hooks import replacing_output
 from factpatch.lm.run import Batch, input_of, output_of
-from factpatch.methods.base import Config, Method, Traits
+from factpatch.methods.base import Config, Method, Preset, Traits
 from factpatch.methods.keys import context_prefixes
 from factpatch.methods.targets import TargetBatch
 from factpatch.patches.delta import Sparse
@@ -69,6 +69,7 @@ class Wise(Method[WiseConfig]):
         patch=SidePatch,
         needs="MLP output projection",
     )
+    presets = (Preset((30, 576), {"lr": 10.0}, "SmolLM2-135M, measured: docs/results/tuning/wise.md"),)
 
     def make(self, lm: LM, edits: tuple[Edit, ...], config: WiseConfig, progress: Progress) -> SidePatch:
         """One edit after the other, each in the memory that the earlier ones left."""

@@ -1,0 +1,246 @@
+"""Every method on the same edits, each made and scored alone, under both protocols: a Markdown page and its rows.
+
+    python benchmarks/methods.py --limit 50 --out docs/results/methods.md \
+        --data wiki_recent:../shared/knowedit/wiki_recent/recent_train.json \
+        --data wiki_counterfact:../shared/knowedit/wiki_counterfact/train_cf.json \
+        --data zsre:../shared/knowedit/ZsRE/ZsRE-test-all.json
+
+Each edit of each method is a row of the .jsonl file beside the page. A run that is stopped, or given more records, goes on
+where the rows end; a row counts only for the model, the settings and the protocols it was made with. Record by record all
+methods get their turn, so that every page compares them on the same records. Methods that are trained learn from records
+100 to 199 of each file, which are never scored here.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import shlex
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated, Any
+
+import psutil
+import typer
+
+from factpatch.cli.terminal import number, progress
+from factpatch.data import Dataset, read
+from factpatch.edits import Edit
+from factpatch.errors import CannotEdit, TokenizerError
+from factpatch.files import cache_root, whole_file
+from factpatch.lm import LM, load
+from factpatch.methods import Method, create, names
+from factpatch.methods.learning import Learned
+from factpatch.progress import Progress
+from factpatch.scoring import Scorer
+
+SCORES = ("edit_success", "rephrase", "portability", "locality", "fluency")
+COSTS = {"fit_seconds": "s to fit", "score_seconds": "s to score", "memory_mb": "MB to fit", "disk_kb": "KB on disk"}
+TITLES = {
+    "open": "Open protocol: the model's own free answers",
+    "survey": "Survey protocol: teacher-forced token agreement",
+}
+TRAIN = range(100, 200)
+PUBLISHED = Path(__file__).with_name("published.csv")
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method with its settings for the model, and what tells its rows from those of other settings."""
+
+    method: Method[Any]
+    config: dict[str, Any]
+
+
+def main(
+    data: Annotated[list[str], typer.Option()],
+    out: Annotated[Path, typer.Option()],
+    limit: int = 50,
+    methods: Annotated[str, typer.Option(help="some of them, separated by commas; default: all")] = "",
+    minutes: Annotated[float, typer.Option(help="stop after so long; the next run goes on")] = float("inf"),
+    model: str = "smollm2-135m",
+) -> None:
+    """Add the rows that are missing, and write the page anew after each record."""
+    ends = time.monotonic() + 60 * minutes
+    datasets = [read(spec, limit=limit) for spec in data]
+    kept = out.with_suffix(".jsonl")
+    rows: dict[str, Row] = (
+        {row["key"]: row for row in map(json.loads, kept.read_text().splitlines())} if kept.exists() else {}
+    )
+    with progress() as report:
+        lm = load(model, progress=report)
+        scorer = Scorer(lm)
+        contenders = [_contender(lm, name, data, report) for name in (methods.split(",") if methods else names())]
+        wanted: list[str] = []
+        for turn in range(limit):
+            for dataset in datasets:
+                for contender in contenders if turn < len(dataset) else ():
+                    key = _key(lm, contender, dataset, dataset.edits[turn], scorer)
+                    wanted.append(key)
+                    if key in rows or time.monotonic() > ends:
+                        continue
+                    report(f"Record {turn}: {contender.method.name} on {dataset.name}", 0, None)
+                    rows[key] = {"key": key} | _row(lm, contender, dataset, dataset.edits[turn], scorer)
+                    with kept.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(rows[key], ensure_ascii=False) + "\n")
+            _write(out, [rows[key] for key in wanted if key in rows], lm, datasets, contenders)
+
+
+def _contender(lm: LM, name: str, data: Sequence[str], report: Progress) -> Contender:
+    """The method ready to edit: trained, if it has to be, and its statistics at hand."""
+    method = create(name)
+    config = method.resolve(lm).model_dump(mode="json", exclude_defaults=True)
+    if isinstance(method, Learned):
+        lessons = [
+            _lesson(spec, edit) for spec in data for edit in read(spec, start=TRAIN.start, limit=len(TRAIN)).edits
+        ]
+        told = json.dumps([config, lm.fingerprint, [lesson.to_json() for lesson in lessons]])
+        folder = cache_root() / "benchmarks" / f"{name}-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
+        if not (folder / "editor.json").exists():
+            method.train(lm, lessons, folder=folder, source=f"records of {', '.join(data)}", progress=report)
+        method = create(name, {"editor": str(folder)})
+        config |= {"trained on": len(lessons)}
+    method.prepare(lm, report)
+    return Contender(method, config)
+
+
+def _lesson(spec: str, edit: Edit) -> Edit:
+    return edit.model_copy(update={"id": f"{spec.partition(':')[0]} {edit.id}"})
+
+
+def _key(lm: LM, contender: Contender, dataset: Dataset, edit: Edit, scorer: Scorer) -> str:
+    protocols = {protocol.name: protocol.version for protocol in scorer.protocols}
+    what = [contender.method.name, contender.config, dataset.name, dataset.sha256[:16], edit.id]
+    return json.dumps([*what, lm.fingerprint[:16], protocols])
+
+
+def _row(lm: LM, contender: Contender, dataset: Dataset, edit: Edit, scorer: Scorer) -> Row:
+    """One edit made, scored and weighed."""
+    row: Row = {"method": contender.method.name, "data": dataset.name, "edit": edit.id}
+    started = time.perf_counter()
+    try:
+        with _watching_memory() as grown:
+            patch = contender.method.fit(lm, [edit])
+    except (CannotEdit, TokenizerError) as error:
+        return row | {"not_made": str(error).splitlines()[0]}
+    row |= {"fit_seconds": round(time.perf_counter() - started, 3), "memory_mb": round(grown[0] / 1e6, 1)}
+    with tempfile.TemporaryDirectory() as folder:
+        saved = patch.save(Path(folder) / "patch")
+        row["disk_kb"] = round(sum(file.stat().st_size for file in saved.iterdir()) / 1e3, 1)
+    card = scorer.score([edit], patch)
+    scores = {
+        s.protocol: {name: getattr(s, name) for name in SCORES}
+        | {f"{name}_before": getattr(s, f"{name}_before") for name in SCORES if name != "locality"}
+        for s in card.summaries()
+    }
+    return row | {"score_seconds": card.score_seconds, "scores": scores}
+
+
+@contextmanager
+def _watching_memory() -> Iterator[list[int]]:
+    """How far the process grows beyond what it holds now, in bytes, looked at every few milliseconds."""
+    process, grown, done = psutil.Process(), [0], threading.Event()
+    start = process.memory_info().rss
+
+    def watch() -> None:
+        while not done.wait(0.005):
+            grown[0] = max(grown[0], process.memory_info().rss - start)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield grown
+    finally:
+        done.set()
+        watcher.join()
+
+
+def _write(out: Path, rows: list[Row], lm: LM, datasets: Sequence[Dataset], contenders: Sequence[Contender]) -> None:
+    packages = ", ".join(f"{package} {version(package)}" for package in ("factpatch", "torch", "transformers"))
+    lines = [
+        f"# Every method on {', '.join(dataset.name for dataset in datasets)}",
+        "",
+        f"Each edit made and scored alone. Model {lm.name} ({lm.fingerprint[:16]}…), "
+        f"{str(lm.dtype).removeprefix('torch.')}, seed 0. {packages}. {date.today()}.",
+        "",
+        f"    python benchmarks/methods.py {shlex.join(sys.argv[1:])}",
+        "",
+        "The first records of each file; `n` says how many were scored, and a refused edit is counted as not made. Fluency is in",
+        "bits. Seconds and memory are medians over edits on a shared two-core machine: they point, they do not prove. Memory",
+        "is how far the process grew while the patch was made. Settings that differ from the defaults stand at the end.",
+        "",
+    ]
+    for dataset in datasets:
+        own = [row for row in rows if row["data"] == dataset.name]
+        lines += [f"## {dataset.name}", "", f"`{dataset.path.name}`, SHA-256 {dataset.sha256[:16]}…", ""]
+        for protocol, title in TITLES.items():
+            lines += [f"### {title}", "", *_scores(protocol, own, contenders), ""]
+        lines += ["### Costs", "", *_costs(own, contenders), ""]
+        published = _published(dataset.name)
+        lines += ["### Published for the same model", "", *published, ""] if published else []
+    lines += ["## Settings", ""]
+    lines += [f"- {c.method.name}: `{json.dumps(c.config)}`" for c in contenders if c.config]
+    with whole_file(out) as draft:
+        draft.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _scores(protocol: str, rows: list[Row], contenders: Sequence[Contender]) -> list[str]:
+    table = [
+        f"| method | n | {' | '.join(s.replace('_', ' ') for s in SCORES)} |",
+        "| --- |" + " ---: |" * (1 + len(SCORES)),
+    ]
+    first = [row["scores"][protocol] for row in rows if "scores" in row and row["method"] == contenders[0].method.name]
+    before = [_mean(first, f"{name}_before") for name in SCORES]
+    table.append(f"| unedited | {len(first)} | {' | '.join(number(value) for value in before)} |")
+    for contender in contenders:
+        own = [row for row in rows if row["method"] == contender.method.name]
+        made = [row["scores"][protocol] for row in own if "scores" in row]
+        refused = f", {len(own) - len(made)} not made" if len(own) > len(made) else ""
+        values = " | ".join(number(_mean(made, name)) for name in SCORES)
+        table.append(f"| {contender.method.name} | {len(made)}{refused} | {values} |")
+    return table
+
+
+def _costs(rows: list[Row], contenders: Sequence[Contender]) -> list[str]:
+    table = [f"| method | {' | '.join(COSTS.values())} |", "| --- |" + " ---: |" * len(COSTS)]
+    for contender in contenders:
+        made = [row for row in rows if row["method"] == contender.method.name and "scores" in row]
+        values = [_median([row[name] for row in made]) for name in COSTS]
+        table.append(f"| {contender.method.name} | {' | '.join(number(value, 1) for value in values)} |")
+    return table
+
+
+def _published(dataset: str) -> list[str]:
+    with PUBLISHED.open(newline="", encoding="utf-8") as file:
+        found = [row for row in csv.DictReader(file) if row["dataset"] == dataset]
+    if not found:
+        return []
+    names_ = ["source", "method", "records", "edit_success", "portability", "locality", "seconds"]
+    lines = [" | ".join(row[name] or "–" for name in names_) for row in found]
+    head = " | ".join(name.replace("_", " ") for name in names_)
+    return [f"| {head} |", "| --- | --- |" + " ---: |" * 5, *(f"| {line} |" for line in lines)]
+
+
+def _mean(rows: Sequence[Mapping[str, float | None]], name: str) -> float | None:
+    values = [value for row in rows if (value := row.get(name)) is not None]
+    return fmean(values) if values else None
+
+
+def _median(values: list[float]) -> float | None:
+    return sorted(values)[len(values) // 2] if values else None
+
+
+if __name__ == "__main__":
+    typer.run(main)
