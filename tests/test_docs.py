@@ -33,7 +33,7 @@ def test_the_readmes_python_runs_and_gives_what_it_says(tmp_path, monkeypatch, c
     (source,) = blocks("README.md", "python")
     exec(compile(source, "README.md", "exec"), {})  # noqa: S102
     assert capsys.readouterr().out.startswith("Lyon")
-    assert (tmp_path / "patched-model" / "model.safetensors").is_file()
+    assert (tmp_path / "my-model" / "model.safetensors").is_file()
 
 
 @pytest.mark.real

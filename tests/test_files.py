@@ -160,8 +160,11 @@ def test_a_place_below_a_file_is_refused_before_long_work(tmp_path):
 
 
 def test_a_place_without_permission_is_refused_before_long_work(tmp_path, monkeypatch):
-    monkeypatch.setattr("os.access", lambda *_: False)  # a superuser may write anywhere
-    with pytest.raises(OutputError, match="no permission to write in") as caught:
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")  # a superuser may write anywhere
+
+    monkeypatch.setattr("factpatch.files.tempfile.mkdtemp", refuse)
+    with pytest.raises(OutputError, match="cannot be written .Permission denied.") as caught:
         check_output(tmp_path / "new")
     assert str(tmp_path) in str(caught.value)
 
@@ -184,3 +187,19 @@ def test_the_cache_is_where_the_variable_says(monkeypatch):
     assert cache_root() == Path.home() / "elsewhere"
     monkeypatch.delenv("FACTPATCH_CACHE")
     assert cache_root().name == "factpatch"
+
+
+def test_what_is_written_may_be_read_by_whom_new_files_may(tmp_path):
+    (tmp_path / "usual").touch()
+    with whole_file(tmp_path / "file") as draft:
+        draft.touch(mode=0o600)
+    with whole_folder(tmp_path / "folder") as folder:
+        (folder / "inside").touch(mode=0o600)
+    modes = {(tmp_path / name).stat().st_mode for name in ("usual", "file", "folder/inside")}
+    assert len(modes) == 1
+    assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == ["inside"]
+
+
+def test_asking_whether_a_place_can_be_written_leaves_nothing(tmp_path):
+    check_output(tmp_path / "a" / "b")
+    assert not list(tmp_path.iterdir())

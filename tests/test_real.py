@@ -1,5 +1,7 @@
 """The whole path on the default model: real facts, real answers."""
 
+import math
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -9,9 +11,11 @@ import factpatch as fp
 from factpatch.cli.app import app
 from factpatch.lm.fetch import is_fetched
 from factpatch.lm.model import checksum
+from factpatch.lm.run import predict
+from factpatch.methods import find, names
 from factpatch.scoring import Scorer
 from factpatch.scoring.metrics import begins_with, contains
-from factpatch.testing import Snapshot
+from factpatch.testing import Snapshot, quick_settings
 
 pytestmark = pytest.mark.real
 
@@ -127,3 +131,21 @@ def test_the_second_model_is_edited_too():
     with lm.patched(fp.method("ft-m", {"steps": 40}).fit(lm, [LYON])):
         assert lm.ask(LYON.prompt).startswith("Lyon")
     assert checksum(lm.model) == before
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_method_makes_an_edit_that_comes_off(smollm, name, tmp_path):
+    """Quickly rather than well: what tiny models do not have are many blocks, a large vocabulary and real text."""
+    quick = quick_settings(find(name)) | (
+        {"corpus": "sample"} if "corpus" in find(name).config_type.model_fields else {}
+    )
+    before = Snapshot.of(smollm)
+    patch = find(name)(**quick).fit(smollm, [LYON])
+    assert before.differences(smollm) == []
+    patch.save(tmp_path / "patch")
+    plain = smollm.answer([LYON.prompt], max_new=4)
+    with smollm.patched(fp.Patch.load(tmp_path / "patch")):
+        (changed,) = predict(smollm, smollm.encode([LYON.prompt], [LYON.target]))
+        assert all(math.isfinite(value) for value in changed.logprobs)
+    assert before.differences(smollm) == []
+    assert smollm.answer([LYON.prompt], max_new=4) == plain

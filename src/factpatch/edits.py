@@ -164,7 +164,8 @@ def _labelled(role: Role, groups: Mapping[str, Iterable[Probe]]) -> Iterator[Lab
 
 def first_problem(error: ValidationError) -> tuple[str, str]:
     """The field and a sentence for the first thing pydantic objects to."""
-    first = error.errors()[0]
+    # What is not known is said first: a misspelt field is missing under its right name too.
+    first = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")[0]
     field = ".".join(str(part) for part in first["loc"])
     if first["type"] == "value_error":
         message = str(first["ctx"]["error"])
@@ -173,7 +174,7 @@ def first_problem(error: ValidationError) -> tuple[str, str]:
     if first["type"] == "missing":
         return field, "expected a value, found nothing"
     if first["type"] == "extra_forbidden":
-        return field, "is not a field that is known here"
+        return field or '""', "is not a field that is known here"
     if first["type"] == "model_type":
         return field or "record", f"expected an object with fields, found {brief(first['input'])}"
     if first["type"] == "string_too_short":

@@ -256,7 +256,7 @@ class _Case:
     """A tiny model, a method, its edits, and the patch it makes of them, made once for all checks."""
 
     def __init__(self, method: type[Method[Any]], architecture: str, settings: dict[str, Any]) -> None:
-        self.lm = tiny_lm(architecture)
+        self.architecture, self.lm = architecture, tiny_lm(architecture)
         self.method, self.settings = method, settings
         kinds = method.traits.kinds
         self.edits = tuple(
@@ -307,14 +307,16 @@ def patch_does_something(case: _Case) -> None:
 
 
 def undo_is_exact(case: _Case) -> None:
-    """Applied and removed, also after an error, nothing differs by a bit."""
-    before = Snapshot.of(case.lm)
-    with case.lm.patched(case.patch):
+    """Applied for the first time and removed, also after an error, nothing differs by a bit."""
+    lm = tiny_lm(case.architecture)
+    before = Snapshot.of(lm)
+    with lm.patched(case.patch):
         pass
-    assert before.differences(case.lm) == []
-    with contextlib.suppress(ZeroDivisionError), case.lm.patched(case.patch):
+    differences = before.differences(lm)
+    assert differences == [], f"undo left traces: {differences}"
+    with contextlib.suppress(ZeroDivisionError), lm.patched(case.patch):
         _ = 1 / 0
-    assert before.differences(case.lm) == [], "an error inside `with` left the patch on"
+    assert before.differences(lm) == [], "an error inside `with` left the patch on"
 
 
 def stack_comes_off_in_any_order(case: _Case) -> None:
@@ -332,14 +334,15 @@ def stack_comes_off_in_any_order(case: _Case) -> None:
 
 
 def save_then_load_acts_the_same(case: _Case) -> None:
-    """To the bit, and with the same id."""
+    """To the bit, with the same id, and on another copy of the model, as if loaded by another process."""
     with tempfile.TemporaryDirectory() as folder:
         loaded = Patch.load(case.patch.save(Path(folder) / "patch"))
     assert loaded.id == case.patch.id
     with case.lm.patched(case.patch):
         expected = _read(case.lm)
-    with case.lm.patched(loaded):
-        assert torch.equal(_read(case.lm), expected)
+    elsewhere = tiny_lm(case.architecture)
+    with elsewhere.patched(loaded):
+        assert torch.equal(_read(elsewhere), expected)
 
 
 def seed_fixes_the_patch(case: _Case) -> None:

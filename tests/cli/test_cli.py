@@ -412,3 +412,74 @@ def test_train_refuses_a_method_that_needs_none(model, facts, tmp_path):
     assert code == 2
     assert err.startswith("rome needs no training.\n  Methods that are trained: malmen, mend")
     assert not (tmp_path / "editor").exists()
+
+
+def test_one_edit_on_the_command_line_can_bring_its_probes(model, tmp_path):
+    probes = ["--rephrase", "Find Rome in", "--rephrase", "Rome is in", "--unrelated", "Oslo lies in"]
+    code, out, _ = run(
+        "edit", "-m", model, "--method", "ft-m", *QUICK, *EDIT, *probes, "--out", tmp_path / "p", "--json"
+    )
+    assert code in {0, 1}
+    (edit,) = json.loads(out)["edits"]
+    assert edit["rephrases"] == ["Find Rome in", "Rome is in"]
+    assert edit["locality"] == {"Unrelated": [{"prompt": "Oslo lies in", "answers": []}]}
+    code, _, err = run("edit", "-m", model, "--edits", "sample", "--rephrase", "x", "--out", tmp_path / "q")
+    assert code == 2
+    assert "takes the place of --prompt, --target and all that belongs to one edit" in err
+
+
+def test_an_edit_that_does_not_take_comes_with_advice(model, tmp_path):
+    code, out, _ = run("edit", "-m", model, "--method", "ft-m", *QUICK, *EDIT, "--out", tmp_path / "p")
+    assert code == 1
+    assert '"Rome lies in"' in out, "the next command asks what was edited"
+    assert "Try other settings (factpatch methods ft-m)" in out
+
+
+def test_score_says_how_many_of_the_edits_are_in_the_patches(model, patch, facts):
+    _, out, _ = run("score", "-m", model, "--patch", patch, "--data", facts)
+    assert "1 of these 2 edits are in the patches given" in out
+    assert "fluency (bits)" in out
+
+
+def test_an_answer_that_ends_at_once_comes_with_a_hint(model, monkeypatch):
+    monkeypatch.setattr("factpatch.lm.LM.answer", lambda *_, **__: [""])
+    _, out, err = run("ask", "-m", model, "Rome")
+    assert out == "(nothing)\n"
+    assert "Ask with --chat, or give the beginning of a sentence" in err
+    assert "Ask with" not in run("ask", "-m", model, "--patch", "nothing", "Rome")[1]
+
+
+def test_the_version_is_printed():
+    code, out, _ = run("--version")
+    assert code == 0
+    assert out.startswith("factpatch 0.")
+
+
+def test_a_trained_editor_is_not_taken_for_a_patch(tmp_path):
+    (tmp_path / "editor.json").write_text("{}")
+    code, _, err = run("patch", "show", tmp_path)
+    assert code == 2
+    assert "a trained editor, not a patch.\n  Make a patch with it: factpatch edit --method METHOD --set editor=" in err
+
+
+def test_a_patch_that_cannot_be_merged_is_named_before_any_work(model, tmp_path):
+    run("edit", "-m", model, "--method", "ice", *EDIT, "--out", tmp_path / "ice")
+    code, _, err = run("patch", "merge", tmp_path / "ice", "-m", "no-such-model", "--out", tmp_path / "merged")
+    assert code == 2
+    assert "(context, by ice) is not a change of weights" in err
+
+
+def test_a_merged_adapter_answers_as_the_adapter_does(model, tmp_path):
+    run("edit", "-m", model, "--method", "lora", "--set", "steps=20", *EDIT, "--out", tmp_path / "lora")
+    code, _, _ = run("patch", "merge", tmp_path / "lora", "-m", model, "--out", tmp_path / "merged")
+    assert code == 0
+    patched = json.loads(run("ask", "-m", model, "--patch", tmp_path / "lora", "--json", "Rome lies in")[1])
+    merged = json.loads(run("ask", "-m", tmp_path / "merged", "--json", "Rome lies in")[1])
+    assert patched["with"] == merged["without"] != patched["without"]
+
+
+def test_a_misspelt_field_is_named(tmp_path):
+    (tmp_path / "facts.jsonl").write_text('{"prompt": "Rome lies in", "targett": "Peru"}')
+    code, _, err = run("data", "show", tmp_path / "facts.jsonl")
+    assert code == 2
+    assert '"targett"' in err

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -198,6 +198,7 @@ def test_nothing_is_lost_between_prompt_and_target(prompt, target):
 def test_the_subject_ends_where_its_last_occurrence_ends(before, subject, after):
     tokens = Tokens(tiny_tokenizer(bos=False))
     prompt = f"{before} {subject} {after}"
+    assume(subject not in f" {after}")  # there it might be a part of another word, which does not count
     found = tokens.encode(prompt, subject=subject)
     assert tokens.decode(found.ids[: found.subject + 1]) == prompt[: prompt.rindex(subject) + len(subject)]
 

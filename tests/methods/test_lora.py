@@ -133,3 +133,17 @@ def test_without_peft_what_to_install_is_said(monkeypatch):
     monkeypatch.setattr(adapter, "import_module", missing)
     with pytest.raises(MissingExtra, match=r'pip install "factpatch\[adapters\]"'):
         create("lora", QUICK).fit(tiny_lm(), tiny_edits())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_long_list_of_modules_is_kept_by_its_whole_names(name, tmp_path, monkeypatch):
+    """PEFT writes the endings that the modules share, once there are many; a patch tells which modules it changes."""
+    monkeypatch.setattr("peft.tuners.tuners_utils.MIN_TARGET_MODULES_FOR_OPTIMIZATION", 2)
+    lm = tiny_lm()
+    patch = create(name, QUICK | {"layers": (0, 2)}).fit(lm, tiny_edits())
+    names = [f"model.layers.{n}.self_attn.{m}_proj" for n in (0, 2) for m in "qv"]
+    assert patch.config["target_modules"] == names
+    before = target_logprob(lm)
+    patch.save(tmp_path / "p")
+    with lm.patched(Patch.load(tmp_path / "p")):
+        assert min(after - b for after, b in zip(target_logprob(lm), before, strict=True)) > 1

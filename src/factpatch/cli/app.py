@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
+from importlib.metadata import version as package_version
+from typing import Annotated
 
 import typer
 
@@ -29,10 +32,25 @@ app.add_typer(data.app, name="data")
 app.add_typer(catalog.models, name="models")
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"factpatch {package_version('factpatch')}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """What stands before any command."""
+
+
 def main() -> None:
     """Run the command; exit with 0 for done, 1 for not good enough, 2 for bad input, 130 if it was interrupted."""
     logging.getLogger("factpatch").addHandler(logging.StreamHandler(sys.stderr))
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the last one becomes our error
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries; the last one becomes our error
     try:
         app()
     except FactpatchError as error:

@@ -14,6 +14,7 @@ from factpatch.cli.terminal import (
     DTypeOption,
     JsonOption,
     ModelOption,
+    err,
     line,
     open_model,
     print_json,
@@ -60,3 +61,5 @@ def ask(
     line("without  " if patches else "", before or "(nothing)")
     if patches:
         line("with     ", (after or "(nothing)", "bold"))
+    if not (before and after) and not chat:
+        err.print("It ended at once. Ask with --chat, or give the beginning of a sentence to finish.")

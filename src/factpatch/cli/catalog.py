@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from factpatch.cli.terminal import JsonOption, line, out, print_json, progress
+
+if TYPE_CHECKING:
+    from factpatch.methods import Method
 
 models = typer.Typer(help="Models with a short name, and the anatomy found in any model.", invoke_without_command=True)
 
@@ -31,6 +34,7 @@ def methods(
     rows = [
         {
             "method": method.name,
+            "what": _first_line(method),
             "family": method.traits.family,
             "phase": method.traits.phase,
             "paper": method.traits.paper,
@@ -49,11 +53,17 @@ def methods(
         print_json(rows)
         return
     for row in rows:
-        line((f"{row['method']:<10}", "bold"), f" {row['family']} ({row['phase']}), {row['paper']}")
+        line((f"{row['method']:<10}", "bold"), f" {row['what']}")
         subject = ", needs the subject" if row["subject"] == "needed" else ""
+        line((f"{'':<11}{row['family']} ({row['phase']}), {row['paper']}", "dim"))
         made = f"{row['patch']} patch, many edits {row['many edits']}, {row['in sequence']}{subject}"
         line((f"{'':<11}{made}; prepares {row['prepares']}; fits {row['needs']}", "dim"))
     line(("Settings and presets of one: factpatch methods NAME", "dim"))
+
+
+def _first_line(method: type[Method[Any]]) -> str:
+    """What the method says of itself."""
+    return (method.__doc__ or "").strip().splitlines()[0]
 
 
 def _settings(name: str, as_json: bool) -> None:

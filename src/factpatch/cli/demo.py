@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -91,7 +92,8 @@ def demo(
     _step(5, "Taken off, the old answer is back:")
     _say(FACT.prompt, lm.ask(FACT.prompt))
     _prove_untouched(lm, untouched, checksum(lm.model))
-    line("\nNext, try:  ", (f'factpatch ask --patch {output} "The capital city of France is called"', "bold"))
+    command = "factpatch" if shutil.which("factpatch") else str(Path(sys.argv[0]))
+    line("\nNext, try:  ", (f'{command} ask --patch {output} "The capital city of France is called"', "bold"))
     success = card.summary("open").edit_success
     if success is None or success < 1:
         err.print(f"the edit did not take: open edit success is {number(success)}")

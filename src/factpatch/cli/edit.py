@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -37,6 +38,8 @@ EXAMPLES = """
 [bold]Examples[/bold]
 
   factpatch edit --subject France --prompt "The capital of France is" --target Lyon --out lyon
+  factpatch edit --subject Spain --prompt "The capital of Spain is" --target Porto --out porto \\
+      --rephrase "Spain's capital city is" --unrelated "The capital of Italy is"
   factpatch edit --method ft-m --prompt "Who leads Acme?" --target "Jo Park" --out acme --set steps=40
   factpatch edit --method retrieval --model openai:my-model --base-url http://localhost:8000/v1 --edits facts.csv --out facts
   factpatch edit --method r-rome --edits facts.jsonl --out facts
@@ -55,6 +58,12 @@ def edit(
     prompt: Annotated[str | None, typer.Option(help="What the model is asked, without the answer.")] = None,
     target: Annotated[str | None, typer.Option(help="What it should say.")] = None,
     subject: Annotated[str | None, typer.Option(help="The part of the prompt the fact is about.")] = None,
+    rephrase: Annotated[
+        list[str] | None, typer.Option(help="Another wording to test it with; may be repeated.")
+    ] = None,
+    unrelated: Annotated[
+        list[str] | None, typer.Option(help="A prompt whose answer must stay as it is; may be repeated.")
+    ] = None,
     edits: Annotated[str | None, typer.Option(help="Many edits: a .jsonl or .csv file, or NAME:PATH.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many edits of the file.")] = None,
     output: Annotated[Path, typer.Option("--out", help="New folder for the patch.")] = ...,  # type: ignore[assignment]
@@ -69,7 +78,9 @@ def edit(
 
     Exits with 1 if the model, asked freely, does not give every target; the patch is saved all the same.
     """
-    wanted = _edits(prompt, target, subject, edits, limit, skip_invalid)
+    one: dict[str, Any] = {"prompt": prompt, "target": target, "subject": subject, "rephrases": rephrase or None}
+    one["locality"] = {"Unrelated": [{"prompt": text} for text in unrelated]} if unrelated else None
+    wanted = _edits(one, edits, limit, skip_invalid)
 
     from factpatch.files import check_output
     from factpatch.methods import create
@@ -94,28 +105,26 @@ def edit(
 
 
 def _edits(
-    prompt: str | None,
-    target: str | None,
-    subject: str | None,
+    one: Mapping[str, Any],
     source: str | None,
     limit: int | None,
     skip_invalid: bool,
 ) -> tuple[Edit, ...]:
     if source is not None:
-        if any(value is not None for value in (prompt, target, subject)):
-            problem = "takes the place of --prompt, --target and --subject; give one or the other."
+        if any(value is not None for value in one.values()):
+            problem = "takes the place of --prompt, --target and all that belongs to one edit; give one or the other."
             raise BadRecord("the command line", None, "--edits", problem)
         from factpatch.data import read
 
         return read(source, skip_invalid=skip_invalid, limit=limit).edits
     if limit is not None or skip_invalid:
         raise BadRecord("the command line", None, "--limit, --skip-invalid", "belong to --edits; leave them out.")
-    for name, value in (("--prompt", prompt), ("--target", target)):
-        if value is None:
+    for name in ("prompt", "target"):
+        if one[name] is None:
             raise BadRecord(
-                "the command line", None, name, "is missing.", "Give --prompt and --target, or --edits FILE."
+                "the command line", None, f"--{name}", "is missing.", "Give --prompt and --target, or --edits FILE."
             )
-    record = {"id": "edit", "prompt": prompt, "target": target, "subject": subject}
+    record = {"id": "edit"} | {name: value for name, value in one.items() if value is not None}
     return (Edit.from_json(record, source="the command line"),)
 
 
@@ -127,4 +136,15 @@ def _show(patch: Patch, card: Scorecard, folder: Path, model: str) -> None:
     out.print(probe_table(card))
     out.print()
     out.print(summary_table(card.summaries()))
-    line("\nSaved as ", (str(folder), "bold"), f'. Try:  factpatch ask --model {model} --patch {folder} "a question"')
+    line(
+        "\nSaved as ",
+        (str(folder), "bold"),
+        f'. Try:  factpatch ask --model {model} --patch {folder} "{patch.provenance.edits[0].prompt}"',
+    )
+    summary = card.summary("open")
+    if summary.edit_success is not None and summary.edit_success < 1:
+        name = patch.provenance.method
+        line(
+            f"\nThe model does not give every target by itself. Try other settings (factpatch methods {name}), or another "
+            "method; docs/results compares them on the default model."
+        )

@@ -49,9 +49,11 @@ def merge(
     from factpatch.lm import load
     from factpatch.patches import Patch
     from factpatch.patches import merge as merge_into
+    from factpatch.patches.merge import check_mergeable
 
     check_output(output)
     patches = [Patch.load(folder) for folder in folders]
+    check_mergeable(patches)
     with progress() as report:
         lm = load(model, dtype=dtype, progress=report)
         report("Writing the checkpoint", 0, 1)

@@ -114,6 +114,10 @@ def score(
         for moment, card in cards.items():
             title = f" on {dataset.name}, {len(dataset.edits)} edits, {lm.name}{moment and ', '}{moment}"
             _show(label, title, card, len(dataset.edits) - len(failures))
+        if patches:
+            made = {(edit.prompt, edit.target) for each in patches for edit in each.provenance.edits}
+            known = sum((edit.prompt, edit.target) in made for edit in dataset.edits)
+            line((f"{known} of these {len(dataset.edits)} edits are in the patches given", "dim"))
     for failure in failures:
         err.print(Text("not made: ", style="yellow") + Text(failure.reason), soft_wrap=True)
     if failures:

@@ -147,7 +147,7 @@ def change_line(change: Mapping[str, Any]) -> str:
 def summary_table(summaries: Sequence[Summary]) -> Table:
     """Before and after, one row for each protocol and moment."""
     table = Table(title_justify="left", header_style="bold", box=None, pad_edge=False)
-    for name in ("protocol", "", "edit success", "rephrase", "portability", "locality", "fluency"):
+    for name in ("protocol", "", "edit success", "rephrase", "portability", "locality", "fluency (bits)"):
         table.add_column(name, justify="left" if name in {"protocol", ""} else "right")
     for s in summaries:
         before = [s.edit_success_before, s.rephrase_before, s.portability_before, None, s.fluency_before]

@@ -40,12 +40,12 @@ def find(name: str) -> type[Method[Any]]:
     )
 
 
-def create(name: str, settings: Mapping[str, Any] | None = None) -> Method[Any]:
-    """A method with these settings; texts are read as the setting's type, as from a command line.
+def create(name: str, settings: Mapping[str, Any] | None = None, **more: Any) -> Method[Any]:
+    """A method with these settings, given as a mapping or by name; texts are read as the setting's type.
 
     Raises UnknownMethod, BadConfig.
     """
-    return find(name)(**dict(settings or {}))
+    return find(name)(**{**(settings or {}), **more})
 
 
 def parse_settings(pairs: list[str]) -> dict[str, str]:

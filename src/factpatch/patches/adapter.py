@@ -34,6 +34,7 @@ class AdapterPatch(Patch):
     """An adapter: PEFT's config as JSON, and its tensors by PEFT's names. Raises MissingExtra where PEFT is needed."""
 
     kind: ClassVar[str] = "adapter"
+    mergeable: ClassVar[bool] = True
     tensor_file: ClassVar[str] = "adapter_model.safetensors"
     config: Mapping[str, Any]
     weights: Mapping[str, Tensor]
@@ -47,7 +48,8 @@ class AdapterPatch(Patch):
         config = own.to_dict()
         config |= {"inference_mode": True, "base_model_name_or_path": provenance.base_name}
         config = json.loads(json.dumps(config, default=sorted))
-        config["target_modules"] = sorted(config["target_modules"])
+        # By their whole names: PEFT shortens a long list to the endings that its modules share.
+        config["target_modules"] = sorted(trained.base_model.targeted_module_names)
         weights = peft_library().get_peft_model_state_dict(trained)
         return cls(provenance, config, {name: t.detach().cpu().clone() for name, t in weights.items()})
 
@@ -134,10 +136,13 @@ def peft_library() -> Any:
 
 
 def _copied(module: nn.Module) -> nn.Module:
-    """A module of its own with a copy of the weight, and no hooks; all else is shared."""
+    """A module of its own with a copy of the weight, and no hooks."""
     twin = copy.copy(module)
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    twin._parameters = {**module._parameters, "weight": nn.Parameter(weight.detach().clone())}
+    # Parameters of its own throughout: PEFT freezes whatever it is given.
+    twin._parameters = {
+        name: nn.Parameter(p.detach().clone() if name == "weight" else p.detach(), requires_grad=False)
+        for name, p in module._parameters.items()
+        if p is not None
+    } | {name: None for name, p in module._parameters.items() if p is None}
     twin._forward_hooks, twin._forward_pre_hooks = OrderedDict(), OrderedDict()
     return twin

@@ -80,11 +80,13 @@ class Patch(ABC):
     `with lm.patched(patch): ...` lays it on and takes it off again, exactly.
 
     needs_weights  it can only lie on a model whose weights are in hand, not on one behind an endpoint
+    mergeable      all that it changes are weights, so that a plain checkpoint can hold it
     """
 
     kind: ClassVar[str]
     tensor_file: ClassVar[str] = "patch.safetensors"
     needs_weights: ClassVar[bool] = True
+    mergeable: ClassVar[bool] = False
     provenance: Provenance
 
     @abstractmethod

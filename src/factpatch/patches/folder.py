@@ -103,6 +103,11 @@ def _under(kind: type[Any]) -> set[type[Patch]]:
 
 def _read_json(folder: Path) -> dict[str, Any]:
     path = folder / "patch.json"
+    if (folder / "editor.json").is_file():
+        raise BadPatch(
+            f"{folder}: a trained editor, not a patch.\n"
+            f"  Make a patch with it: factpatch edit --method METHOD --set editor={folder}"
+        )
     if not path.is_file():
         raise BadPatch(
             f"{folder}: not a patch; expected a folder with patch.json and patch.safetensors.\n"

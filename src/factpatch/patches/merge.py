@@ -7,11 +7,25 @@ from pathlib import Path
 
 from factpatch.errors import PatchError
 from factpatch.files import whole_folder
-from factpatch.lm import LM
+from factpatch.lm import LM, Attachable
 from factpatch.patches.base import Patch
-from factpatch.patches.weight import WeightPatch
 
-__all__ = ["merge"]
+__all__ = ["check_mergeable", "merge"]
+
+
+def check_mergeable(patches: Sequence[Attachable]) -> None:
+    """Raise PatchError for a patch that is more than a change of weights."""
+    for patch in patches:
+        if not getattr(patch, "mergeable", False):
+            name = (
+                f"{patch.id} ({patch.kind}, by {patch.provenance.method})"
+                if isinstance(patch, Patch)
+                else getattr(patch, "id", patch)
+            )
+            raise PatchError(
+                f"patch {name} is not a change of weights and cannot be merged into them.\n"
+                "  Leave it out, and lay it on the merged model where that runs."
+            )
 
 
 def merge(lm: LM, patches: Sequence[Patch], folder: str | Path) -> Path:
@@ -20,12 +34,7 @@ def merge(lm: LM, patches: Sequence[Patch], folder: str | Path) -> Path:
     Raises PatchError for a patch that is more than a change of weights, WrongBase, and OutputError; then nothing is
     written. The model in hand is left as it was.
     """
-    for patch in (*lm.patches, *patches):
-        if not isinstance(patch, WeightPatch):
-            raise PatchError(
-                f"patch {getattr(patch, 'id', patch)} is not a change of weights and cannot be merged into them.\n"
-                "  Leave it out, and lay it on the merged model where that runs."
-            )
+    check_mergeable([*lm.patches, *patches])
     folder = Path(folder)
     with whole_folder(folder) as draft, lm.patched(*patches):
         lm.model.save_pretrained(draft)

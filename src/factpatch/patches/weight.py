@@ -31,6 +31,7 @@ class WeightPatch(Patch):
     """
 
     kind: ClassVar[str] = "weight"
+    mergeable: ClassVar[bool] = True
     deltas: Mapping[str, Delta]
     state: Mapping[str, Tensor] = field(default_factory=dict)
 
