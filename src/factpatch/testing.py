@@ -160,6 +160,8 @@ def quick_settings(method: type[Method[Any]]) -> dict[str, Any]:
         "similarity": 0.0,
         "demonstrations": 1,
         "texts": 4,
+        "batch_size": 1,
+        "held_out": 0.02,
     }
     return {key: value for key, value in quick.items() if key in method.config_type.model_fields}
 
