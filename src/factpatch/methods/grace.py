@@ -18,7 +18,7 @@ from factpatch.lm import LM
 from factpatch.lm.anatomy import Projection
 from factpatch.lm.hooks import replacing_output
 from factpatch.lm.run import output_of
-from factpatch.methods.base import Config, Method, Traits
+from factpatch.methods.base import Config, Method, Preset, Traits
 from factpatch.methods.placing import key_of, placed, spacing
 from factpatch.methods.targets import TargetBatch, with_targets
 from factpatch.patches.base import Provenance
@@ -59,6 +59,13 @@ class Grace(Method[GraceConfig]):
         paper="Hartvigsen et al. 2023, arXiv 2211.11031",
         patch=CodebookPatch,
         needs="MLP output projection",
+    )
+    presets = (
+        Preset(
+            (30, 576),
+            {"layer": 20, "lr": 300.0, "steps": 100},
+            "SmolLM2-135M, measured: docs/results/tuning/grace.md",
+        ),
     )
 
     def make(self, lm: LM, edits: tuple[Edit, ...], config: GraceConfig, progress: Progress) -> CodebookPatch:

@@ -43,6 +43,7 @@ class SeracConfig(LearnedConfig):
     )
     rank: PositiveInt = Field(default=8, description="of the adapter's maps")
     steps: PositiveInt = Field(default=150, description="training steps, at most")
+    lr: PositiveFloat = Field(default=1e-2, description="learning rate of the classifier, in training")
     adapter_lr: PositiveFloat = Field(default=2e-3, description="learning rate of the adapter, in training")
     success: NonNegativeFloat = Field(default=0.1, description="weight of the second model's loss, in training")
     locality: NonNegativeFloat = Field(default=1.0, description="weight of the classifier's loss, in training")
