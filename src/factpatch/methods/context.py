@@ -40,7 +40,7 @@ R = TypeVar("R", bound=RecallConfig)
 class RetrievalConfig(RecallConfig):
     """Settings of retrieval."""
 
-    similarity: float = Field(default=0.6, ge=-1, le=1, description="how similar a fact must be to be shown")
+    similarity: float = Field(default=0.8, ge=-1, le=1, description="how similar a fact must be to be shown")
     most: PositiveInt = Field(default=1, description="facts shown with one question, at most")
 
 
