@@ -168,9 +168,10 @@ def _watching_memory() -> Iterator[list[int]]:
 
 
 def _write(out: Path, rows: list[Row], lm: LM, datasets: Sequence[Dataset], contenders: Sequence[Contender]) -> None:
+    who = "Every method" if len(contenders) == len(names()) else ", ".join(c.method.name for c in contenders)
     packages = ", ".join(f"{package} {version(package)}" for package in ("factpatch", "torch", "transformers"))
     lines = [
-        f"# Every method on {', '.join(dataset.name for dataset in datasets)}",
+        f"# {who} on {', '.join(dataset.name for dataset in datasets)}",
         "",
         f"Each edit made and scored alone. Model {lm.name} ({lm.fingerprint[:16]}…), "
         f"{str(lm.dtype).removeprefix('torch.')}, seed 0. {packages}. {date.today()}.",
