@@ -205,6 +205,7 @@ def test_a_server_that_is_not_there_is_said(monkeypatch):
         ),
         (404, '{"error": {"message": "no"}}', True, 'not found .*Check the model\'s name, "parrot"'),
         (500, '{"error": {"message": "out of memory"}}', False, "out of memory.*\n  See the server's own messages"),
+        (422, '{"detail": "no such model here"}', False, r": no such model here\n  See the server"),
         (200, '{"choices": []}', False, "the reply holds no answer.*\n  Is this an OpenAI-compatible server"),
         (200, '{"choices": [{"text": null}]}', False, "the reply holds no answer"),
         (200, '{"hello": 1}', True, "the reply holds no answer"),

@@ -139,7 +139,9 @@ def connect(model: str, base_url: str | None = None) -> RemoteLM:
 
 
 def _reason(error: Any) -> str:
-    return str(getattr(error, "message", error)).splitlines()[0][:160]
+    body = getattr(error, "body", None)
+    detail = body.get("detail") if isinstance(body, dict) else None  # where FastAPI's servers put it
+    return str(detail or getattr(error, "message", error)).splitlines()[0][:160]
 
 
 def _library() -> Any:

@@ -6,7 +6,7 @@ A method evaluates nothing, saves nothing, prints nothing and leaves the model a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
@@ -18,7 +18,7 @@ from factpatch.lm import LM, BaseLM
 from factpatch.patches import Patch, Provenance
 from factpatch.progress import Progress, silent
 
-__all__ = ["Config", "Layers", "Method", "Preset", "Traits"]
+__all__ = ["Config", "Layers", "Method", "Preset", "Traits", "in_own_order"]
 
 
 def _split(value: Any) -> Any:
@@ -178,3 +178,8 @@ class Method(ABC, Generic[C]):
     ) -> Provenance:
         """What to write into the patch about its making."""
         return Provenance.of(lm, self.name, config.model_dump(mode="json"), edits, tuple(dict(note) for note in notes))
+
+
+def in_own_order(edits: Iterable[Edit]) -> list[Edit]:
+    """Edits sorted by what they say, for methods with which the order in which they are given must not count."""
+    return sorted(edits, key=lambda edit: (edit.prompt, edit.target))

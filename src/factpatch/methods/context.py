@@ -17,7 +17,7 @@ from factpatch.data import read
 from factpatch.edits import Edit
 from factpatch.lm import BaseLM
 from factpatch.lm.encoder import EncoderName, sentence_encoder
-from factpatch.methods.base import Config, Method, Traits
+from factpatch.methods.base import Config, Method, Traits, in_own_order
 from factpatch.patches.context import ContextPatch, Note, Recall
 from factpatch.progress import Progress, silent
 
@@ -109,7 +109,7 @@ class Ike(_Recalling[IkeConfig]):
         encoder = sentence_encoder(config.encoder, progress)
         asked = {edit.prompt for edit in edits}
         corpus = [edit for edit in read(config.corpus).edits if edit.prompt not in asked and edit.kind != "restyle"]
-        ordered = _ordered(edits)
+        ordered = in_own_order(edits)
         notes = _facts(edits)
         if config.demonstrations and corpus:
             near = encoder.embed([_fact(edit) for edit in ordered]) @ encoder.embed([_fact(edit) for edit in corpus]).T
@@ -122,17 +122,12 @@ class Ike(_Recalling[IkeConfig]):
         return ContextPatch(self.provenance(lm, config, edits), notes, _ASKING, recall)
 
 
-def _ordered(edits: Sequence[Edit]) -> list[Edit]:
-    """In an order of their own, so that the order in which they are given does not count."""
-    return sorted(edits, key=lambda edit: (edit.prompt, edit.target))
-
-
 def _fact(edit: Edit) -> str:
     return f"{edit.prompt} {edit.target}"
 
 
 def _facts(edits: Sequence[Edit]) -> tuple[Note, ...]:
-    return tuple(Note(text=f"New Fact: {_fact(edit)}\n", topic=edit.prompt) for edit in _ordered(edits))
+    return tuple(Note(text=f"New Fact: {_fact(edit)}\n", topic=edit.prompt) for edit in in_own_order(edits))
 
 
 _KINDS = ("copy", "update", "update", "update", "retain", "retain", "retain", "retain")

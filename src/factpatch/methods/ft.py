@@ -20,7 +20,7 @@ from torch import Tensor
 from factpatch.edits import Edit
 from factpatch.lm import LM
 from factpatch.lm.hooks import replacing_output
-from factpatch.methods.base import Config, Method, Preset, Traits
+from factpatch.methods.base import Config, Method, Preset, Traits, in_own_order
 from factpatch.methods.targets import TargetBatch, with_targets
 from factpatch.patches import Dense, WeightPatch
 from factpatch.progress import Progress
@@ -90,9 +90,9 @@ class _FineTuning(Method[C], Generic[C]):
         note = {"steps": len(losses), "first_loss": round(losses[0], 6), "last_loss": round(losses[-1], 6)}
         return WeightPatch.of(self.provenance(lm, settled, edits, [note]), {projection: Dense(new.detach() - old)})
 
-    def learnt(self, lm: LM, edits: tuple[Edit, ...], config: C) -> tuple[Edit, ...]:  # noqa: ARG002
+    def learnt(self, lm: LM, edits: tuple[Edit, ...], config: C) -> Sequence[Edit]:  # noqa: ARG002
         """The edits to train on, in the order in which they are cut into batches."""
-        return edits
+        return in_own_order(edits)
 
     def batch(self, lm: LM, layer: int, edits: Sequence[Edit], config: C) -> TargetBatch:
         """What the model reads, and where its predictions are read: prompt and target, before each target token."""
@@ -168,15 +168,15 @@ class FtBf(_FineTuning[FtBfConfig]):
     config_type = FtBfConfig
     traits = replace(FtL.traits, paper="Fine-tuning done right 2025, arXiv 2509.22072")
 
-    def learnt(self, lm: LM, edits: tuple[Edit, ...], config: FtBfConfig) -> tuple[Edit, ...]:
+    def learnt(self, lm: LM, edits: tuple[Edit, ...], config: FtBfConfig) -> Sequence[Edit]:
         """Earlier edits and these, shuffled; the order in which they are given does not count."""
         earlier = (p for p in lm.patches if isinstance(p, WeightPatch) and p.provenance.method == self.name)
         kept = {edit.prompt: edit for patch in earlier for edit in patch.provenance.edits}
         for edit in edits:
             kept.pop(edit.prompt, None)
-        every = sorted([*kept.values(), *edits], key=lambda edit: (edit.prompt, edit.target))
+        every = in_own_order([*kept.values(), *edits])
         random.Random(config.seed).shuffle(every)  # noqa: S311
-        return tuple(every)
+        return every
 
     def is_learnt(self, loss: Float[Tensor, ""], correct: Bool[Tensor, " texts"], config: FtBfConfig) -> bool:
         """High accuracy and a low loss."""

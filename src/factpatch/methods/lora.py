@@ -18,7 +18,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from factpatch.edits import Edit
 from factpatch.lm import LM
-from factpatch.methods.base import Config, Layers, Method, Traits
+from factpatch.methods.base import Config, Layers, Method, Traits, in_own_order
 from factpatch.methods.targets import TargetBatch, with_targets
 from factpatch.patches.adapter import AdapterPatch, adapt, peft_library
 from factpatch.progress import Progress
@@ -50,8 +50,7 @@ class _Adapter(Method[AdapterConfig]):
         ]
         transposed = lm.anatomy.queries_and_values(layers[0])[0].transposed
         peft_config = self.peft_config(config, target_modules=targets, fan_in_fan_out=transposed)
-        # In an order of their own, so that the order in which edits are given does not count.
-        ordered = sorted(edits, key=lambda edit: (edit.prompt, edit.target))
+        ordered = in_own_order(edits)
         losses: list[float] = []
         with _adapted(lm, peft_config, config.seed) as adapted, torch.enable_grad():
             groups = [ordered[i : i + config.batch_size] for i in range(0, len(ordered), config.batch_size)]

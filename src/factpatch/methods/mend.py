@@ -23,7 +23,7 @@ from factpatch.edits import Edit, Probe
 from factpatch.lm import LM
 from factpatch.lm.anatomy import Projection
 from factpatch.lm.hooks import replacing_output
-from factpatch.methods.base import Layers, Traits
+from factpatch.methods.base import Layers, Traits, in_own_order
 from factpatch.methods.gradients import Gradients, gradients
 from factpatch.methods.hypernetwork import HyperNetwork
 from factpatch.methods.insertion import insert
@@ -61,8 +61,7 @@ class _Hyper(Learned[HyperConfig]):
         assert isinstance(network, HyperNetwork)
         layers = _layers(lm, config)
         matrices = _matrices(lm, layers)
-        # In an order of their own, so that the order in which edits are given does not count.
-        ordered = sorted(edits, key=lambda edit: (edit.prompt, edit.target))
+        ordered = in_own_order(edits)
         found = gradients(lm, matrices, layers[0], ordered, chat=config.chat, everywhere=True, progress=progress)
         with torch.no_grad():
             changes = {m: self.shift(network.to(lm.device), m, found[m]) for m in matrices}

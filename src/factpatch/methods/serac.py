@@ -17,7 +17,7 @@ from factpatch.edits import Edit, Probe
 from factpatch.lm import LM
 from factpatch.lm.encoder import EncoderName, sentence_encoder
 from factpatch.lm.hooks import replacing_output
-from factpatch.methods.base import Layers, Traits
+from factpatch.methods.base import Layers, Traits, in_own_order
 from factpatch.methods.learning import Course, Learned, LearnedConfig, Look
 from factpatch.methods.targets import TargetBatch
 from factpatch.patches import LowRank
@@ -72,7 +72,7 @@ class Serac(Learned[SeracConfig]):
         """Write the edits down beside what was trained."""
         network, config, editor = self.trained(lm, config, progress)
         assert isinstance(network, _Network)
-        ordered = sorted(edits, key=lambda edit: (edit.prompt, edit.target))
+        ordered = in_own_order(edits)
         notes = tuple(Note(text=_note(edit), topic=_topic(edit)) for edit in ordered)
         recall = Recall(encoder=config.encoder, threshold=config.threshold, most=1)
         settled = config.model_copy(update={"layers": _layers(lm, config)})
