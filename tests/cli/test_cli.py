@@ -8,6 +8,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from factpatch.cli import demo
 from factpatch.cli.app import app
 from factpatch.errors import FactpatchError
 from factpatch.testing import tiny_lm
@@ -483,3 +484,17 @@ def test_a_misspelt_field_is_named(tmp_path):
     code, _, err = run("data", "show", tmp_path / "facts.jsonl")
     assert code == 2
     assert '"targett"' in err
+
+
+@pytest.mark.parametrize(
+    ("found", "argv", "typed"),
+    [
+        (True, "/venv/bin/factpatch", "factpatch"),
+        (False, ".venv/bin/factpatch", ".venv/bin/factpatch"),
+        (False, "-c", "factpatch"),
+    ],
+)
+def test_the_demo_names_a_command_that_can_be_typed(monkeypatch, found, argv, typed):
+    monkeypatch.setattr(demo.shutil, "which", lambda _: argv if found else None)
+    monkeypatch.setattr(demo.sys, "argv", [argv])
+    assert demo.command_to_type() == typed

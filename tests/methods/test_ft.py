@@ -95,7 +95,7 @@ def test_breadth_first_learns_all_edits_so_far_and_lets_a_new_one_take_the_place
     with lm.patched(lower):
         learnt = method.learnt(lm, (again,), method.config)
         assert {edit.target for edit in learnt} == {"Chad", "a pilot"}
-    assert method.learnt(lm, (again,), method.config) == (again,)
+    assert method.learnt(lm, (again,), method.config) == [again]
     both = (first, again)
     assert set(method.learnt(lm, both, method.config)) == set(both), "two edits given at once are both kept"
 

@@ -92,8 +92,7 @@ def demo(
     _step(5, "Taken off, the old answer is back:")
     _say(FACT.prompt, lm.ask(FACT.prompt))
     _prove_untouched(lm, untouched, checksum(lm.model))
-    command = "factpatch" if shutil.which("factpatch") else str(Path(sys.argv[0]))
-    line("\nNext, try:  ", (f'{command} ask --patch {output} "The capital city of France is called"', "bold"))
+    line("\nNext, try:  ", (f'{command_to_type()} ask --patch {output} "The capital city of France is called"', "bold"))
     success = card.summary("open").edit_success
     if success is None or success < 1:
         err.print(f"the edit did not take: open edit success is {number(success)}")
@@ -114,3 +113,9 @@ def _prove_untouched(lm: LM, before: str, after: str) -> None:
         sys.exit(1)
     count = sum(parameter.numel() for parameter in lm.model.parameters())
     line(f"   and all {count:,} weights are bit for bit as before (SHA-256 {before[:16]}… before and after).")
+
+
+def command_to_type() -> str:
+    """What to type for this program: its name, or where it lies if no shell would find it."""
+    own = Path(sys.argv[0])
+    return str(own) if own.name == "factpatch" and not shutil.which("factpatch") else "factpatch"
