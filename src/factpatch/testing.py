@@ -32,7 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from factpatch.edits import KINDS, Edit, Probe
 from factpatch.errors import AnatomyError, BadConfig, CannotEdit, WrongBase
 from factpatch.lm import LM
-from factpatch.lm.run import Batch, Places, logits_at
+from factpatch.lm.run import Batch, Places, generate, logits_at, predict
 from factpatch.methods import Method
 from factpatch.patches import Patch
 
@@ -335,6 +335,32 @@ def stack_comes_off_in_any_order(case: _Case) -> None:
     assert before.differences(lm) == []
 
 
+def lanes_are_as_alone(case: _Case) -> None:
+    """Stacks side by side in one batch are read and written with as if each alone lay on the model; and leave no trace."""
+    lm, stacks = case.lm, [(case.patch,), (), (case.other,)]
+    alone = []
+    for stack in stacks:
+        with lm.patched(*stack):
+            alone += _read_and_written(lm)
+    with lm.side_by_side(stacks):
+        together = _read_and_written(lm, len(stacks))
+        unpatched = _read_and_written(lm)
+    for (own, written), (expected, as_written) in zip([*together, *unpatched], [*alone, *alone[2:4]], strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-3, atol=1e-3)
+        assert written == as_written, "another text is written on a lane than alone"
+    assert case.before.differences(lm) == [], "lanes left traces"
+
+
+def _read_and_written(lm: LM, n: int | None = None) -> list[tuple[Tensor, list[int]]]:
+    """For each prompt, on each of `n` lanes: the log-probabilities of a target, in nats, and a few tokens written on."""
+    lanes = None if n is None else [lane for lane in range(n) for _ in tiny_edits()]
+    asked = [edit.prompt for _ in range(n or 1) for edit in tiny_edits()]
+    texts = lm.encode(asked, [edit.target for _ in range(n or 1) for edit in tiny_edits()], lanes=lanes)
+    read = [torch.tensor(one.logprobs) for one in predict(lm, texts)]
+    ids = [text.ids for text in lm.encode(asked, lanes=lanes)]
+    return list(zip(read, generate(lm, ids, max_new=4, lanes=lanes), strict=True))
+
+
 def save_then_load_acts_the_same(case: _Case) -> None:
     """To the bit, with the same id, and on another copy of the model, as if loaded by another process."""
     with tempfile.TemporaryDirectory() as folder:
@@ -443,6 +469,7 @@ _PROMISES: tuple[Callable[[_Case], None], ...] = (
     patch_does_something,
     undo_is_exact,
     stack_comes_off_in_any_order,
+    lanes_are_as_alone,
     save_then_load_acts_the_same,
     seed_fixes_the_patch,
     many_edits_are_as_claimed,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from factpatch.lm.anatomy import find_anatomy
-from factpatch.lm.base import BaseLM
+from factpatch.lm.base import Attachable, BaseLM
+from factpatch.lm.lanes import Lane, laid
 from factpatch.lm.run import generate
 from factpatch.lm.sentences import first_sentence, has_ended
 from factpatch.lm.tokens import Encoded, Tokens
@@ -45,6 +48,7 @@ class LM(BaseLM):
         self.tokenizer = tokenizer
         self.tokens = Tokens(tokenizer, getattr(model.config, "max_position_embeddings", None))
         self.anatomy = find_anatomy(model, anatomy)
+        self._lanes: list[Lane] = []
         super().__init__(name)
 
     @property
@@ -90,22 +94,57 @@ class LM(BaseLM):
         flat = [i for item in ids for i in (item if isinstance(item, list) else [item])]
         return frozenset(int(i) for i in flat if i is not None)
 
-    def encode(
-        self, prompts: Sequence[str], targets: Sequence[str] | None = None, *, chat: bool = False
-    ) -> list[Encoded]:
-        """What the model is given when it is asked: the patches' contexts, then each prompt, and a target after it."""
-        before = self.before(prompts)
-        pairs = zip(prompts, targets or [""] * len(prompts), strict=True)
-        return [self.tokens.encode(prompt, target, prefix=before[prompt], chat=chat) for prompt, target in pairs]
+    @contextmanager
+    def side_by_side(self, stacks: Sequence[Sequence[Attachable]]) -> Iterator[None]:
+        """Lay each stack of patches on a lane of its own for the length of a `with`; lanes are numbered as they are given.
 
-    def answer(self, prompts: Sequence[str], *, chat: bool = False, max_new: int = 64) -> list[str]:
-        """What the model says by itself: greedy, until it ends, a new line or the end of a sentence."""
+        Texts of many lanes run in one batch, each as if its stack alone lay on the model, above what lies there already.
+        Texts without a lane are read by the model as it was. Raises what laying the patches on raises.
+        """
+        with laid(self, self.model, stacks) as lanes:
+            kept, self._lanes = self._lanes, lanes
+            try:
+                yield
+            finally:
+                self._lanes = kept
+
+    def encode(
+        self,
+        prompts: Sequence[str],
+        targets: Sequence[str] | None = None,
+        *,
+        chat: bool = False,
+        lanes: Sequence[int] | None = None,
+    ) -> list[Encoded]:
+        """What the model is given when it is asked: the patches' contexts, then each prompt, and a target after it.
+
+        lanes  which lane each prompt is for, inside `side_by_side`
+        """
+        asked = list(zip(lanes or [None] * len(prompts), prompts, targets or [""] * len(prompts), strict=True))
+        before: dict[tuple[int | None, str], str] = {}
+        for lane in dict.fromkeys(lane for lane, _, _ in asked):
+            with nullcontext() if lane is None else self._lanes[lane].alone():
+                found = self.before([prompt for own, prompt, _ in asked if own == lane])
+            before |= {(lane, prompt): text for prompt, text in found.items()}
+        return [
+            replace(self.tokens.encode(prompt, target, prefix=before[lane, prompt], chat=chat), lane=lane)
+            for lane, prompt, target in asked
+        ]
+
+    def answer(
+        self, prompts: Sequence[str], *, chat: bool = False, max_new: int = 64, lanes: Sequence[int] | None = None
+    ) -> list[str]:
+        """What the model says by itself: greedy, until it ends, a new line or the end of a sentence.
+
+        lanes  which lane each prompt is for, inside `side_by_side`
+        """
         written = generate(
             self,
-            [text.ids for text in self.encode(prompts, chat=chat)],
+            [text.ids for text in self.encode(prompts, chat=chat, lanes=lanes)],
             max_new=max_new,
             stop=lambda ids: has_ended(self.tokens.decode(ids)),
             end=self.end_tokens,
+            lanes=lanes,
         )
         return [first_sentence(self.tokens.decode(ids)) for ids in written]
 

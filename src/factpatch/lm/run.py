@@ -38,6 +38,7 @@ __all__ = [
     "length_batches",
     "logits_at",
     "output_of",
+    "passing",
     "predict",
 ]
 
@@ -59,11 +60,17 @@ class Runnable(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Padded token ids, the mask (1 where there is a token) that goes with them, and the column where each prompt ends."""
+    """Padded token ids, and what goes with them.
+
+    mask   1 where there is a token
+    ends   the column where each prompt ends
+    lanes  the lane of each row, -1 for none; None if no row has one
+    """
 
     ids: Int[Tensor, "batch seq"]
     mask: Int[Tensor, "batch seq"]
     ends: Int[Tensor, " batch"]
+    lanes: Int[Tensor, " batch"] | None = None
 
     @classmethod
     def of(
@@ -73,10 +80,12 @@ class Batch:
         *,
         left: bool = False,
         prompts: Sequence[int] | None = None,
+        lanes: Sequence[int | None] | None = None,
     ) -> Batch:
         """Pad rows to one length: on the right for reading, on the left for writing on.
 
         prompts  how many tokens of each row are its prompt; all by default
+        lanes    the lane of each row, as in `LM.side_by_side`; none by default
         """
         width = max(len(row) for row in rows)
         ids = torch.zeros(len(rows), width, dtype=torch.long)
@@ -88,12 +97,15 @@ class Batch:
         lengths = prompts or [len(row) for row in rows]
         starts = [width - len(row) if left else 0 for row in rows]
         ends = torch.tensor([start + n - 1 for start, n in zip(starts, lengths, strict=True)])
-        return cls(ids.to(device), mask.to(device), ends.to(device))
+        has_lanes = any(lane is not None for lane in lanes or ())
+        own = torch.tensor([-1 if lane is None else lane for lane in lanes or ()], device=device) if has_lanes else None
+        return cls(ids.to(device), mask.to(device), ends.to(device), own)
 
     @classmethod
     def of_texts(cls, texts: Sequence[Encoded], device: torch.device) -> Batch:
         """Texts with their targets, padded on the right."""
-        return cls.of([text.ids for text in texts], device, prompts=[text.target for text in texts])
+        lanes = [text.lane for text in texts]
+        return cls.of([text.ids for text in texts], device, prompts=[text.target for text in texts], lanes=lanes)
 
 
 @dataclass(slots=True)
@@ -103,11 +115,13 @@ class Pass:
     mask   1 where there is a token, of all columns so far
     ends   the column of each row's last prompt token; None in passes that write on after the prompt was read
     notes  what patches keep from the pass that reads the prompt to those that write on; tensors have a row for each text
+    lanes  the lane that each row belongs to, -1 for none; None if no row has one
     """
 
     mask: Int[Tensor, "batch seq"]
     ends: Int[Tensor, " batch"] | None
     notes: dict[Any, Tensor] = field(default_factory=dict)
+    lanes: Int[Tensor, " batch"] | None = None
 
 
 _PASS: ContextVar[Pass | None] = ContextVar("pass", default=None)
@@ -126,7 +140,8 @@ def by_rows(activation: Tensor) -> Float[Tensor, "rows seq width"]:
 
 
 @contextmanager
-def _passing(now: Pass) -> Iterator[None]:
+def passing(now: Pass) -> Iterator[None]:
+    """Let `current_pass` tell of this pass."""
     token = _PASS.set(now)
     try:
         yield
@@ -135,7 +150,7 @@ def _passing(now: Pass) -> Iterator[None]:
 
 
 def _forward(lm: Runnable, batch: Batch) -> Any:
-    with _passing(Pass(batch.mask, batch.ends)):
+    with passing(Pass(batch.mask, batch.ends, lanes=batch.lanes)):
         return lm.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
 
 
@@ -268,14 +283,18 @@ def predict(lm: Runnable, texts: Sequence[Encoded]) -> list[Prediction]:
     return [done[text] for text in texts]
 
 
+Row = tuple[int | None, tuple[int, ...]]
+"""The lane, and the tokens of the prompt."""
+
+
 @runtime_checkable
 class Chooser(Protocol):
-    """Picks the next token of each row from its logits; `prompts` tells whose row it is."""
+    """Picks the next token of each row from its logits; `rows` tells whose they are."""
 
-    def __call__(self, logits: Float[Tensor, "batch vocab"], prompts: Sequence[tuple[int, ...]]) -> Tensor: ...
+    def __call__(self, logits: Float[Tensor, "batch vocab"], rows: Sequence[Row]) -> Tensor: ...
 
 
-def greedy(logits: Float[Tensor, "batch vocab"], prompts: Sequence[tuple[int, ...]]) -> Tensor:  # noqa: ARG001
+def greedy(logits: Float[Tensor, "batch vocab"], rows: Sequence[Row]) -> Tensor:  # noqa: ARG001
     """The most likely token."""
     return logits.argmax(-1)
 
@@ -289,21 +308,21 @@ class Sampler:
 
     def __init__(self, seed: int, top_k: int) -> None:
         self.seed, self.top_k = seed, top_k
-        self._streams: dict[tuple[int, ...], torch.Generator] = {}
+        self._streams: dict[Row, torch.Generator] = {}
 
-    def __call__(self, logits: Float[Tensor, "batch vocab"], prompts: Sequence[tuple[int, ...]]) -> Tensor:
+    def __call__(self, logits: Float[Tensor, "batch vocab"], rows: Sequence[Row]) -> Tensor:
         """One token a row: the largest of log-probability plus Gumbel noise is a sample of the distribution."""
         top = logits.float().topk(min(self.top_k, logits.shape[-1]), dim=-1)
-        uniform = torch.stack([torch.rand(top.values.shape[-1], generator=self._stream(p)) for p in prompts])
+        uniform = torch.stack([torch.rand(top.values.shape[-1], generator=self._stream(row)) for row in rows])
         noise = -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
         pick = (top.values + noise.to(logits.device)).argmax(-1, keepdim=True)
         return top.indices.gather(-1, pick)[:, 0]
 
-    def _stream(self, prompt: tuple[int, ...]) -> torch.Generator:
-        if prompt not in self._streams:
-            digest = hashlib.sha256(repr((self.seed, prompt)).encode()).digest()
-            self._streams[prompt] = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
-        return self._streams[prompt]
+    def _stream(self, row: Row) -> torch.Generator:
+        if row not in self._streams:
+            digest = hashlib.sha256(repr((self.seed, row[1])).encode()).digest()
+            self._streams[row] = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
+        return self._streams[row]
 
 
 def _goes_on(written: list[int]) -> bool:  # noqa: ARG001
@@ -319,44 +338,48 @@ def generate(
     choose: Chooser = greedy,
     stop: Callable[[list[int]], bool] = _goes_on,
     end: frozenset[int] = frozenset(),
+    lanes: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Write at most `max_new` tokens after each prompt, in the order given; fewer where the model can read no further.
+
+    lanes  the lane of each prompt, as in `LM.side_by_side`; none by default
 
     A row ends before a token in `end`, or after the token at which `stop(written so far)` is true; rows that have ended
     leave the batch.
     """
-    wanted = list(dict.fromkeys(tuple(prompt) for prompt in prompts))
-    done: dict[tuple[int, ...], list[int]] = {}
+    rows: list[Row] = [(lane, tuple(prompt)) for lane, prompt in zip(lanes or [None] * len(prompts), prompts, strict=True)]
+    wanted = list(dict.fromkeys(rows))
+    done: dict[Row, list[int]] = {}
     with evaluating(lm.model):
-        for indices in length_batches([len(prompt) + max_new for prompt in wanted]):
+        for indices in length_batches([len(prompt) + max_new for _, prompt in wanted]):
             chosen = [wanted[i] for i in indices]
             room = getattr(lm.model.config, "max_position_embeddings", None)
-            most = max_new if room is None else min(max_new, room - max(map(len, chosen)) + 1)
+            most = max_new if room is None else min(max_new, room - max(len(prompt) for _, prompt in chosen) + 1)
             done.update(zip(chosen, _write(lm, chosen, most, choose, stop, end), strict=True))
-    return [list(done[tuple(prompt)]) for prompt in prompts]
+    return [list(done[row]) for row in rows]
 
 
 def _write(
     lm: Runnable,
-    prompts: Sequence[tuple[int, ...]],
+    rows: Sequence[Row],
     max_new: int,
     choose: Chooser,
     stop: Callable[[list[int]], bool],
     end: frozenset[int],
 ) -> list[list[int]]:
-    written: list[list[int]] = [[] for _ in prompts]
-    live = list(range(len(prompts)))
-    batch = Batch.of(prompts, lm.device, left=True)
+    written: list[list[int]] = [[] for _ in rows]
+    live = list(range(len(rows)))
+    batch = Batch.of([prompt for _, prompt in rows], lm.device, left=True, lanes=[lane for lane, _ in rows])
     ids, mask, cache = batch.ids, batch.mask, None
-    now = Pass(mask, batch.ends)
+    now = Pass(mask, batch.ends, lanes=batch.lanes)
     takes_positions = "position_ids" in inspect.signature(lm.model.forward).parameters
     with replacing_input(lm.anatomy.head, lambda hidden: hidden[:, -1:]):
         for _ in range(max_new):
             extra = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]} if takes_positions else {}
-            with _passing(now):
+            with passing(now):
                 out = lm.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)
             cache = out.past_key_values
-            tokens = choose(out.logits[:, -1], [prompts[i] for i in live])
+            tokens = choose(out.logits[:, -1], [rows[i] for i in live])
             stay = []
             for row, (index, token) in enumerate(zip(live, tokens.tolist(), strict=True)):
                 if token in end:
@@ -373,5 +396,6 @@ def _write(
                 cache.batch_select_indices(kept)
                 live = [live[row] for row in stay]
                 now.notes = {key: note[kept] for key, note in now.notes.items()}
+                now.lanes = None if now.lanes is None else now.lanes[kept]
             now.mask, now.ends = mask, None
     return written

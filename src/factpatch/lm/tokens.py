@@ -35,11 +35,13 @@ class Encoded:
     ids      all tokens
     target   index of the first target token; `len(ids)` if there is no target
     subject  index of the subject's last token; None if no subject was asked for
+    lane     which of several stacks of patches reads it, as in `LM.side_by_side`; None for what lies on the model
     """
 
     ids: tuple[int, ...]
     target: int
     subject: int | None = None
+    lane: int | None = None
 
     @property
     def prompt_ids(self) -> tuple[int, ...]:
