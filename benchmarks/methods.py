@@ -6,15 +6,16 @@
         --data zsre:../shared/knowedit/ZsRE/ZsRE-test-all.json
 
 Each edit of each method is a row of the .jsonl file beside the page. A run that is stopped, or given more records, goes on
-where the rows end; a row counts only for the model, the settings and the protocols it was made with. Record by record all
-methods get their turn, so that every page compares them on the same records. Methods that are trained learn from records
-100 to 199 of each file, which are never scored here.
+where the rows end; a row counts only for the model, the settings and the protocols it was made with. A few records at a time
+all methods get their turn, so that every page compares them on the same records; the edits of one turn are made one by one
+and scored side by side. Methods that are trained learn from records 100 to 199 of each file, which are never scored here.
 """
 
 from __future__ import annotations
 
 import csv
 import hashlib
+import itertools
 import json
 import shlex
 import sys
@@ -33,6 +34,7 @@ from typing import Annotated, Any
 import psutil
 import typer
 
+from factpatch.bench.singles import ABREAST
 from factpatch.cli.terminal import number, progress
 from factpatch.data import Dataset, read
 from factpatch.edits import Edit
@@ -41,6 +43,7 @@ from factpatch.files import cache_root, whole_file
 from factpatch.lm import LM, load
 from factpatch.methods import Method, create, names
 from factpatch.methods.learning import Learned
+from factpatch.patches import Patch
 from factpatch.progress import Progress
 from factpatch.scoring import Scorer
 
@@ -84,17 +87,20 @@ def main(
         scorer = Scorer(lm)
         contenders = [_contender(lm, name, data, report) for name in (methods.split(",") if methods else names())]
         wanted: list[str] = []
-        for turn in range(limit):
-            for dataset in datasets:
-                for contender in contenders if turn < len(dataset) else ():
-                    key = _key(lm, contender, dataset, dataset.edits[turn], scorer)
-                    wanted.append(key)
-                    if key in rows or time.monotonic() > ends:
-                        continue
-                    report(f"Record {turn}: {contender.method.name} on {dataset.name}", 0, None)
-                    rows[key] = {"key": key} | _row(lm, contender, dataset, dataset.edits[turn], scorer)
-                    with kept.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(rows[key], ensure_ascii=False) + "\n")
+        for start in range(0, limit, ABREAST):
+            for dataset, contender in itertools.product(datasets, contenders):
+                keys = {
+                    _key(lm, contender, dataset, edit, scorer): edit for edit in dataset.edits[start : start + ABREAST]
+                }
+                wanted += keys
+                missing = {key: edit for key, edit in keys.items() if key not in rows}
+                if not missing or time.monotonic() > ends:
+                    continue
+                report(f"Records from {start} on: {contender.method.name} on {dataset.name}", 0, None)
+                made = _rows(lm, contender, dataset, list(missing.values()), scorer)
+                rows |= {key: {"key": key} | row for key, row in zip(missing, made, strict=True)}
+                with kept.open("a", encoding="utf-8") as file:
+                    file.writelines(json.dumps(rows[key], ensure_ascii=False) + "\n" for key in missing)
             _write(out, [rows[key] for key in wanted if key in rows], lm, datasets, contenders)
 
 
@@ -126,26 +132,34 @@ def _key(lm: LM, contender: Contender, dataset: Dataset, edit: Edit, scorer: Sco
     return json.dumps([*what, lm.fingerprint[:16], protocols])
 
 
-def _row(lm: LM, contender: Contender, dataset: Dataset, edit: Edit, scorer: Scorer) -> Row:
-    """One edit made, scored and weighed."""
-    row: Row = {"method": contender.method.name, "data": dataset.name, "edit": edit.id}
-    started = time.perf_counter()
-    try:
-        with _watching_memory() as grown:
-            patch = contender.method.fit(lm, [edit])
-    except (CannotEdit, TokenizerError) as error:
-        return row | {"not_made": str(error).splitlines()[0]}
-    row |= {"fit_seconds": round(time.perf_counter() - started, 3), "memory_mb": round(grown[0] / 1e6, 1)}
-    with tempfile.TemporaryDirectory() as folder:
-        saved = patch.save(Path(folder) / "patch")
-        row["disk_kb"] = round(sum(file.stat().st_size for file in saved.iterdir()) / 1e3, 1)
-    card = scorer.score([edit], patch)
-    scores = {
-        s.protocol: {name: getattr(s, name) for name in SCORES}
-        | {f"{name}_before": getattr(s, f"{name}_before") for name in SCORES if name != "locality"}
-        for s in card.summaries()
-    }
-    return row | {"score_seconds": card.score_seconds, "scores": scores}
+def _rows(lm: LM, contender: Contender, dataset: Dataset, edits: Sequence[Edit], scorer: Scorer) -> list[Row]:
+    """Each edit made by itself and weighed; then all of them scored side by side, each under its own patch."""
+    rows: list[Row] = []
+    patches: list[tuple[Row, Edit, Patch]] = []
+    for edit in edits:
+        row: Row = {"method": contender.method.name, "data": dataset.name, "edit": edit.id}
+        rows.append(row)
+        started = time.perf_counter()
+        try:
+            with _watching_memory() as grown:
+                patch = contender.method.fit(lm, [edit])
+        except (CannotEdit, TokenizerError) as error:
+            row["not_made"] = str(error).splitlines()[0]
+            continue
+        row |= {"fit_seconds": round(time.perf_counter() - started, 3), "memory_mb": round(grown[0] / 1e6, 1)}
+        with tempfile.TemporaryDirectory() as folder:
+            saved = patch.save(Path(folder) / "patch")
+            row["disk_kb"] = round(sum(file.stat().st_size for file in saved.iterdir()) / 1e3, 1)
+        patches.append((row, edit, patch))
+    cards = scorer.score_each([edit for _, edit, _ in patches], [(patch,) for _, _, patch in patches])
+    for (row, _, _), card in zip(patches, cards, strict=True):
+        row["score_seconds"] = card.score_seconds
+        row["scores"] = {
+            s.protocol: {name: getattr(s, name) for name in SCORES}
+            | {f"{name}_before": getattr(s, f"{name}_before") for name in SCORES if name != "locality"}
+            for s in card.summaries()
+        }
+    return rows
 
 
 @contextmanager
@@ -173,7 +187,7 @@ def _write(out: Path, rows: list[Row], lm: LM, datasets: Sequence[Dataset], cont
     lines = [
         f"# {who} on {', '.join(dataset.name for dataset in datasets)}",
         "",
-        f"Each edit made and scored alone. Model {lm.name} ({lm.fingerprint[:16]}…), "
+        f"Each edit made alone, and scored alone on a lane of its own, {ABREAST} at a time. Model {lm.name} ({lm.fingerprint[:16]}…), "
         f"{str(lm.dtype).removeprefix('torch.')}, seed 0. {packages}. {date.today()}.",
         "",
         f"    python benchmarks/methods.py {shlex.join(sys.argv[1:])}",

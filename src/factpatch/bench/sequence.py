@@ -7,11 +7,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from factpatch.bench.singles import Failure
+from factpatch.bench.singles import ABREAST, Failure
 from factpatch.edits import Edit
 from factpatch.errors import CannotEdit, TokenizerError
 from factpatch.lm import BaseLM
 from factpatch.methods import Method
+from factpatch.patches import Patch
 from factpatch.progress import Progress, silent
 from factpatch.scoring import Scorecard, Scorer
 
@@ -55,9 +56,11 @@ def score_sequence(
     at_end: dict[int, Scorecard] = {}
     failures: list[Failure] = []
     made: list[Edit] = []
+    patches: list[Patch] = []
+    doing = f"Editing in sequence with {method.name}"
     with ExitStack() as stack:
         for i, edit in enumerate(edits):
-            progress(f"Editing in sequence with {method.name}", i, len(edits))
+            progress(doing, i, len(edits))
             try:
                 patch = method.fit(lm, [edit])
             except (CannotEdit, TokenizerError) as error:
@@ -65,8 +68,13 @@ def score_sequence(
             else:
                 stack.enter_context(lm.patched(patch))
                 made.append(edit)
-                at_edit.append(scorer.score([edit]))
+                patches.append(patch)
             if made and (i + 1 in checkpoints or i + 1 == len(edits)):
                 at_end[i + 1] = scorer.score(made)
-    progress(f"Editing in sequence with {method.name}", len(edits), len(edits))
+            if len(made) - len(at_edit) >= ABREAST or i + 1 == len(edits):
+                # Patches are values: what the model was after each of these edits is laid on again, side by side.
+                turns = range(len(at_edit), len(made))
+                with lm.without(*patches):
+                    at_edit += scorer.score_each([made[n] for n in turns], [patches[: n + 1] for n in turns])
+    progress(doing, len(edits), len(edits))
     return Sequential(Scorecard.join(at_edit) if at_edit else None, at_end, tuple(failures))

@@ -11,10 +11,14 @@ from factpatch.edits import Edit
 from factpatch.errors import CannotEdit, TokenizerError
 from factpatch.lm import BaseLM
 from factpatch.methods import Method
+from factpatch.patches import Patch
 from factpatch.progress import Progress, silent
 from factpatch.scoring import Scorecard, Scorer
 
-__all__ = ["Failure", "Singles", "score_singly"]
+__all__ = ["ABREAST", "Failure", "Singles", "score_singly"]
+
+ABREAST = 8
+"""How many edits are scored at once. Each lane holds a copy of the weights that its patch touches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,16 +56,19 @@ def score_singly(
     baseline = time.perf_counter() - started - prepared
     cards: list[Scorecard] = []
     failures: list[Failure] = []
-    for i, edit in enumerate(edits):
-        progress(f"Editing and scoring with {method.name}", i, len(edits))
-        begun = time.perf_counter()
-        try:
-            patch = method.fit(lm, [edit])
-        except (CannotEdit, TokenizerError) as error:
-            failures.append(Failure(edit.id, str(error)))
-            continue
-        seconds = round(time.perf_counter() - begun, 3)
-        cards.append(scorer.score([edit], patch).model_copy(update={"fit_seconds": seconds}))
-    progress(f"Editing and scoring with {method.name}", len(edits), len(edits))
+    doing = f"Editing and scoring with {method.name}"
+    for start in range(0, len(edits), ABREAST):
+        made: list[tuple[Edit, Patch, float]] = []
+        for i, edit in enumerate(edits[start : start + ABREAST], start):
+            progress(doing, i, len(edits))
+            begun = time.perf_counter()
+            try:
+                patch = method.fit(lm, [edit])
+                made.append((edit, patch, round(time.perf_counter() - begun, 3)))
+            except (CannotEdit, TokenizerError) as error:
+                failures.append(Failure(edit.id, str(error)))
+        scored = scorer.score_each([edit for edit, _, _ in made], [(patch,) for _, patch, _ in made])
+        cards += [c.model_copy(update={"fit_seconds": s}) for c, (_, _, s) in zip(scored, made, strict=True)]
+    progress(doing, len(edits), len(edits))
     card = Scorecard.join(cards).model_copy(update={"baseline_seconds": round(baseline, 3)}) if cards else None
     return Singles(card, tuple(failures), round(prepared, 3))

@@ -120,11 +120,12 @@ class LM(BaseLM):
 
         lanes  which lane each prompt is for, inside `side_by_side`
         """
-        asked = list(zip(lanes or [None] * len(prompts), prompts, targets or [""] * len(prompts), strict=True))
+        own: Sequence[int | None] = lanes or [None] * len(prompts)
+        asked = list(zip(own, prompts, targets or [""] * len(prompts), strict=True))
         before: dict[tuple[int | None, str], str] = {}
         for lane in dict.fromkeys(lane for lane, _, _ in asked):
             with nullcontext() if lane is None else self._lanes[lane].alone():
-                found = self.before([prompt for own, prompt, _ in asked if own == lane])
+                found = self.before([prompt for its, prompt, _ in asked if its == lane])
             before |= {(lane, prompt): text for prompt, text in found.items()}
         return [
             replace(self.tokens.encode(prompt, target, prefix=before[lane, prompt], chat=chat), lane=lane)

@@ -347,7 +347,8 @@ def generate(
     A row ends before a token in `end`, or after the token at which `stop(written so far)` is true; rows that have ended
     leave the batch.
     """
-    rows: list[Row] = [(lane, tuple(prompt)) for lane, prompt in zip(lanes or [None] * len(prompts), prompts, strict=True)]
+    own: Sequence[int | None] = lanes or [None] * len(prompts)
+    rows: list[Row] = [(lane, tuple(prompt)) for lane, prompt in zip(own, prompts, strict=True)]
     wanted = list(dict.fromkeys(rows))
     done: dict[Row, list[int]] = {}
     with evaluating(lm.model):

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 
 from factpatch.edits import Edit, LabelledProbe, Probe
 from factpatch.lm import LM, BaseLM
-from factpatch.lm.run import Prediction, predict
+from factpatch.lm.run import predict
 from factpatch.scoring.metrics import agreement, begins_with, contains, normalise, same_answer
 
 __all__ = ["PROTOCOLS", "Protocol", "ProtocolName", "Seen"]
@@ -40,8 +40,13 @@ class Protocol(ABC):
     needs_weights: ClassVar[bool] = False
 
     @abstractmethod
-    def observe(self, lm: Any, probes: Sequence[Probe], *, chat: bool) -> list[Seen | None]:
-        """What the model does with each probe; None where the probe cannot be asked in this protocol."""
+    def observe(
+        self, lm: Any, probes: Sequence[Probe], *, chat: bool, lanes: Sequence[int] | None = None
+    ) -> list[Seen | None]:
+        """What the model does with each probe; None where the probe cannot be asked in this protocol.
+
+        lanes  which lane each probe is for, inside `LM.side_by_side`
+        """
 
     def cannot_judge(self, edit: Edit, labelled: LabelledProbe) -> str:  # noqa: ARG002
         """Why a probe of the edit, its rephrases or its portability cannot be scored; empty if it can."""
@@ -66,9 +71,13 @@ class OpenProtocol(Protocol):
     name = "open"
     version = 2
 
-    def observe(self, lm: BaseLM, probes: Sequence[Probe], *, chat: bool) -> list[Seen | None]:
+    def observe(
+        self, lm: BaseLM, probes: Sequence[Probe], *, chat: bool, lanes: Sequence[int] | None = None
+    ) -> list[Seen | None]:
         """Let the model answer."""
-        return [Seen(text) for text in lm.answer([probe.prompt for probe in probes], chat=chat)]
+        prompts = [probe.prompt for probe in probes]
+        said = lm.answer(prompts, chat=chat, lanes=lanes) if isinstance(lm, LM) else lm.answer(prompts, chat=chat)
+        return [Seen(text) for text in said]
 
     def cannot_judge(self, edit: Edit, labelled: LabelledProbe) -> str:
         """Also where no alias has a letter or digit left, and where a manner of speaking is wanted."""
@@ -103,17 +112,18 @@ class SurveyProtocol(Protocol):
     version = 1
     needs_weights = True
 
-    def observe(self, lm: LM, probes: Sequence[Probe], *, chat: bool) -> list[Seen | None]:
+    def observe(
+        self, lm: LM, probes: Sequence[Probe], *, chat: bool, lanes: Sequence[int] | None = None
+    ) -> list[Seen | None]:
         """Show the model each answer and read its guesses; a probe without answers cannot be asked."""
-        askable = [probe for probe in probes if probe.answers]
-        texts = lm.encode([probe.prompt for probe in askable], [probe.answers[0] for probe in askable], chat=chat)
-        found: dict[Probe, Prediction] = dict(zip(askable, predict(lm, texts), strict=True))
-        return [
-            Seen(lm.tokens.decode(found[probe].best).strip(), found[probe].best, found[probe].target)
-            if probe in found
-            else None
-            for probe in probes
-        ]
+        places = [i for i, probe in enumerate(probes) if probe.answers]
+        askable = [probes[i] for i in places]
+        prompts, targets = [probe.prompt for probe in askable], [probe.answers[0] for probe in askable]
+        texts = lm.encode(prompts, targets, chat=chat, lanes=None if lanes is None else [lanes[i] for i in places])
+        seen: list[Seen | None] = [None] * len(probes)
+        for i, found in zip(places, predict(lm, texts), strict=True):
+            seen[i] = Seen(lm.tokens.decode(found.best).strip(), found.best, found.target)
+        return seen
 
     def correct(self, edit: Edit, labelled: LabelledProbe, seen: Seen, *, chat: bool) -> float:  # noqa: ARG002
         """Agreement with the target's tokens."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from factpatch.edits import Edit, LabelledProbe, Probe
 from factpatch.errors import BadConfig
@@ -24,6 +25,14 @@ _FLUENCY_TOP_K = 5
 
 _Asked = dict[tuple[ProtocolName, Probe], Seen | None]
 _Written = dict[str, str]
+
+
+@dataclass(slots=True)
+class _Answers:
+    """What one model, patched or not, did with each probe under each protocol, and wrote after each prompt."""
+
+    asked: _Asked = field(default_factory=dict)
+    written: _Written = field(default_factory=dict)
 
 
 class Scorer:
@@ -53,19 +62,17 @@ class Scorer:
             raise BadConfig(f"{lm.name} can only be asked, so it can be scored under these alone: {', '.join(able)}.")
         self.lm, self.chat, self.seed, self.fluency = lm, chat, seed, fluency and in_hand
         self.protocols = [PROTOCOLS[name] for name in wanted]
-        self._base_asked: _Asked = {}
-        self._base_written: _Written = {}
+        self._base = _Answers()
 
     def baseline(self, edits: Sequence[Edit], progress: Progress = silent) -> None:
         """Ask the unpatched model whatever of these edits' probes it was not asked yet."""
-        probes = list(dict.fromkeys(labelled.probe for edit in edits for labelled in edit.probes()))
-        new_probes = [p for p in probes if (self.protocols[0].name, p) not in self._base_asked]
-        new_prompts = [edit.prompt for edit in edits if self.fluency and edit.prompt not in self._base_written]
-        if new_probes or new_prompts:
+        probes = [p for p in _probes(edits) if (self.protocols[0].name, p) not in self._base.asked]
+        prompts = [edit.prompt for edit in edits if self.fluency and edit.prompt not in self._base.written]
+        if probes or prompts:
             with self.lm.unpatched():
-                asked, written = self._ask(new_probes, new_prompts, "Asking the unedited model", progress)
-            self._base_asked |= asked
-            self._base_written |= written
+                (new,) = self._ask([probes], [prompts], "Asking the unedited model", progress)
+            self._base.asked |= new.asked
+            self._base.written |= new.written
 
     def score(self, edits: Sequence[Edit], *patches: Attachable, progress: Progress = silent) -> Scorecard:
         """How the model does on these edits with `patches` laid on top of what lies on it already.
@@ -77,48 +84,90 @@ class Scorer:
         started = time.perf_counter()
         self.baseline(edits, progress)
         based = time.perf_counter()
-        probes = list(dict.fromkeys(labelled.probe for edit in edits for labelled in edit.probes()))
         with self.lm.patched(*patches):
-            asked, written = self._ask(probes, [edit.prompt for edit in edits], "Asking the edited model", progress)
-        rows = [row for edit in edits for row in self._rows(edit, asked, written)]
+            (now,) = self._ask([_probes(edits)], [[edit.prompt for edit in edits]], "Asking the edited model", progress)
+        return self._card(edits, now, time.perf_counter() - based, based - started)
+
+    def score_each(
+        self, edits: Sequence[Edit], stacks: Sequence[Sequence[Attachable]], progress: Progress = silent
+    ) -> list[Scorecard]:
+        """A scorecard for each edit under a stack of patches of its own: what `score` gives one by one, in less time.
+
+        The stacks lie side by side on lanes of the model, which holds a copy of each weight that any of them touches; on a
+        model that can only be asked they take turns. The seconds of each card are its share of the whole.
+        """
+        started = time.perf_counter()
+        self.baseline(edits, progress)
+        if not edits:
+            return []
+        if not isinstance(self.lm, LM):
+            return [self.score([edit], *stack) for edit, stack in zip(edits, stacks, strict=True)]
+        based = time.perf_counter()
+        with self.lm.side_by_side(stacks):
+            asked = self._ask(
+                [_probes([edit]) for edit in edits],
+                [[edit.prompt] for edit in edits],
+                "Asking edited models",
+                progress,
+                lanes=True,
+            )
+        share, base_share = (time.perf_counter() - based) / len(edits), (based - started) / len(edits)
+        return [self._card([edit], own, share, base_share) for edit, own in zip(edits, asked, strict=True)]
+
+    def _card(self, edits: Sequence[Edit], now: _Answers, seconds: float, baseline_seconds: float) -> Scorecard:
         return Scorecard(
             versions={protocol.name: protocol.version for protocol in self.protocols},
             chat=self.chat,
-            scores=tuple(rows),
-            score_seconds=round(time.perf_counter() - based, 3),
-            baseline_seconds=round(based - started, 3),
+            scores=tuple(row for edit in edits for row in self._rows(edit, now)),
+            score_seconds=round(seconds, 3),
+            baseline_seconds=round(baseline_seconds, 3),
         )
 
     def _ask(
-        self, probes: Sequence[Probe], prompts: Sequence[str], doing: str, progress: Progress
-    ) -> tuple[_Asked, _Written]:
-        asked: _Asked = {}
+        self,
+        probes: Sequence[Sequence[Probe]],
+        prompts: Sequence[Sequence[str]],
+        doing: str,
+        progress: Progress,
+        *,
+        lanes: bool = False,
+    ) -> list[_Answers]:
+        """What is done with each group of probes and prompts; the groups are lanes of the model, or else there is one."""
+        answers = [_Answers() for _ in probes]
+        asked = [(i, probe) for i, group in enumerate(probes) for probe in group]
+        own = [i for i, _ in asked] if lanes else None
         steps = len(self.protocols) + 1
-        for i, protocol in enumerate(self.protocols):
-            progress(doing, i, steps)
-            seen = protocol.observe(self.lm, probes, chat=self.chat)
-            asked |= {(protocol.name, probe): one for probe, one in zip(probes, seen, strict=True)}
+        for step, protocol in enumerate(self.protocols):
+            progress(doing, step, steps)
+            seen = protocol.observe(self.lm, [probe for _, probe in asked], chat=self.chat, lanes=own)
+            for (i, probe), one in zip(asked, seen, strict=True):
+                answers[i].asked[protocol.name, probe] = one
         progress(doing, steps - 1, steps)
-        written = self._write(self.lm, prompts) if self.fluency and isinstance(self.lm, LM) else {}
+        if self.fluency and isinstance(self.lm, LM):
+            begun = [(i, prompt) for i, group in enumerate(prompts) for prompt in group]
+            texts = self._write(self.lm, [prompt for _, prompt in begun], [i for i, _ in begun] if lanes else None)
+            for (i, prompt), text in zip(begun, texts, strict=True):
+                answers[i].written[prompt] = text
         progress(doing, steps, steps)
-        return asked, written
+        return answers
 
-    def _write(self, lm: LM, prompts: Sequence[str]) -> _Written:
+    def _write(self, lm: LM, prompts: Sequence[str], lanes: Sequence[int] | None) -> list[str]:
         """Sampled text after each prompt."""
-        encoded = [text.ids for text in lm.encode(prompts, chat=self.chat)]
+        encoded = [text.ids for text in lm.encode(prompts, chat=self.chat, lanes=lanes)]
         sampler = Sampler(self.seed, _FLUENCY_TOP_K)
-        written = generate(lm, encoded, max_new=FLUENCY_TOKENS, choose=sampler)
-        return {prompt: lm.tokens.decode(ids) for prompt, ids in zip(prompts, written, strict=True)}
+        return [
+            lm.tokens.decode(ids) for ids in generate(lm, encoded, max_new=FLUENCY_TOKENS, choose=sampler, lanes=lanes)
+        ]
 
-    def _rows(self, edit: Edit, asked: _Asked, written: _Written) -> list[ProbeScore]:
+    def _rows(self, edit: Edit, now: _Answers) -> list[ProbeScore]:
         rows = []
         for protocol in self.protocols:
             for labelled in edit.probes():
                 key = (protocol.name, labelled.probe)
-                rows.append(self._row(edit, labelled, protocol.name, self._base_asked[key], asked[key]))
+                rows.append(self._row(edit, labelled, protocol.name, self._base.asked[key], now.asked[key]))
             if not self.fluency:
                 continue
-            before, after = self._base_written[edit.prompt], written[edit.prompt]
+            before, after = self._base.written[edit.prompt], now.written[edit.prompt]
             rows.append(
                 ProbeScore(
                     protocol=protocol.name,
@@ -150,3 +199,8 @@ class Scorer:
             "after": protocol.correct(edit, labelled, after, chat=self.chat),
         }
         return row.model_copy(update=said | scores)
+
+
+def _probes(edits: Sequence[Edit]) -> list[Probe]:
+    """All probes of these edits, each once."""
+    return list(dict.fromkeys(labelled.probe for edit in edits for labelled in edit.probes()))
