@@ -187,8 +187,8 @@ def _write(out: Path, rows: list[Row], lm: LM, datasets: Sequence[Dataset], cont
     lines = [
         f"# {who} on {', '.join(dataset.name for dataset in datasets)}",
         "",
-        f"Each edit made alone, and scored alone on a lane of its own, {ABREAST} at a time. Model {lm.name} ({lm.fingerprint[:16]}…), "
-        f"{str(lm.dtype).removeprefix('torch.')}, seed 0. {packages}. {date.today()}.",
+        f"Each edit made alone, and scored alone on a lane of its own, {ABREAST} at a time. "
+        f"Model {lm.name} ({lm.fingerprint[:16]}…), {str(lm.dtype).removeprefix('torch.')}, seed 0. {packages}. {date.today()}.",
         "",
         f"    python benchmarks/methods.py {shlex.join(sys.argv[1:])}",
         "",
