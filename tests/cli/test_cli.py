@@ -322,12 +322,13 @@ def commands(command, path=()):
         yield from commands(each, (*path, name))
 
 
-def test_every_command_has_help_with_an_example():
+def test_every_command_has_help_with_an_example_and_can_print_json():
     for command in commands(typer.main.get_command(app)):
         code, out, _ = run(*command, "--help")
         assert code == 0
         assert "Example" in out
         assert f"factpatch {' '.join(command)}" in out
+        assert "--json" in out
 
 
 def test_help_needs_no_torch():
@@ -498,3 +499,19 @@ def test_the_demo_names_a_command_that_can_be_typed(monkeypatch, found, argv, ty
     monkeypatch.setattr(demo.shutil, "which", lambda _: argv if found else None)
     monkeypatch.setattr(demo.sys, "argv", [argv])
     assert demo.command_to_type() == typed
+
+
+def test_a_merge_tells_scripts_what_it_wrote(model, patch, tmp_path):
+    code, out, _ = run("patch", "merge", patch, "-m", model, "--out", tmp_path / "merged", "--json")
+    told = json.loads(out)
+    assert (code, told["out"]) == (0, str(tmp_path / "merged"))
+    assert told["patches"] == [json.loads(run("patch", "show", patch, "--json")[1])["id"]]
+
+
+def test_the_demo_tells_scripts_what_it_saw(model, tmp_path):
+    code, out, _ = run("demo", "-m", model, "--method", "ft-m", "--out", tmp_path / "demo", "--json")
+    told = json.loads(out)
+    assert code == 1 - int(told["scorecard"]["summaries"][0]["edit_success"])
+    assert told["said"]["before"] == told["said"]["undone"] != told["said"]["patched"]
+    assert told["patch"]["id"] == json.loads(run("patch", "show", tmp_path / "demo", "--json")[1])["id"]
+    assert run("methods", "rome")[1], "people are told again"

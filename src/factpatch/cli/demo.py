@@ -5,11 +5,23 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from factpatch.cli.terminal import ModelOption, err, line, number, out, probe_table, progress, summary_table
+from factpatch.cli.terminal import (
+    JsonOption,
+    ModelOption,
+    err,
+    line,
+    number,
+    out,
+    print_json,
+    probe_table,
+    progress,
+    summary_table,
+    telling,
+)
 from factpatch.edits import Edit, Probe
 
 if TYPE_CHECKING:
@@ -49,8 +61,21 @@ def demo(
     output: Annotated[
         Path, typer.Option("--out", help="Folder for the patch; a patch that is there is replaced.")
     ] = Path("demo-patch"),
+    as_json: JsonOption = False,
 ) -> None:
     """Patch one fact, prove that it worked, save the patch, take it off again, and prove that too."""
+    with telling(not as_json):
+        shown = _show(model, method, output)
+    if as_json:
+        print_json(shown)
+    success = shown["scorecard"]["summaries"][0]["edit_success"]
+    if success is None or success < 1:
+        err.print(f"the edit did not take: open edit success is {number(success)}")
+        sys.exit(1)
+
+
+def _show(model: str, method: str, output: Path) -> dict[str, Any]:
+    """The five steps, told one after the other; what was seen, JSON-ready."""
     from factpatch.files import check_output
     from factpatch.lm import load
     from factpatch.lm.model import checksum
@@ -64,7 +89,7 @@ def demo(
         lm = load(model, progress=report)
     untouched = checksum(lm.model)
     _step(1, f"{lm.name} is loaded. Asked, it says by itself:")
-    _say(FACT.prompt, lm.ask(FACT.prompt))
+    said = {"before": _say(lm)}
 
     maker = create(method)
     _step(2, f"Patching with {method} ({maker.traits.paper}): {FACT.prompt} → {FACT.target}")
@@ -87,24 +112,29 @@ def demo(
     _step(4, f"Saved in {output}/ ({size:.0f} KiB). Loaded back and laid on, the model says:")
     loaded = Patch.load(output)
     with lm.patched(loaded):
-        _say(FACT.prompt, lm.ask(FACT.prompt))
+        said["patched"] = _say(lm)
 
     _step(5, "Taken off, the old answer is back:")
-    _say(FACT.prompt, lm.ask(FACT.prompt))
+    said["undone"] = _say(lm)
     _prove_untouched(lm, untouched, checksum(lm.model))
     line("\nNext, try:  ", (f'{command_to_type()} ask --patch {output} "The capital city of France is called"', "bold"))
-    success = card.summary("open").edit_success
-    if success is None or success < 1:
-        err.print(f"the edit did not take: open edit success is {number(success)}")
-        sys.exit(1)
+    return {
+        "prompt": FACT.prompt,
+        "said": said,
+        "patch": {"folder": str(output), "id": loaded.id},
+        "weights_sha256": untouched,
+        "scorecard": card.to_json(),
+    }
 
 
 def _step(count: int, text: str) -> None:
     line("\n", (str(count), "bold"), f"  {text}")
 
 
-def _say(prompt: str, answer: str) -> None:
-    line(f"   {prompt} ", (answer, "bold"))
+def _say(lm: LM) -> str:
+    answer = lm.ask(FACT.prompt)
+    line(f"   {FACT.prompt} ", (answer, "bold"))
+    return answer
 
 
 def _prove_untouched(lm: LM, before: str, after: str) -> None:

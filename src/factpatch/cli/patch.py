@@ -43,6 +43,7 @@ def merge(
     output: Annotated[Path, typer.Option("--out", help="New folder for the checkpoint.")],
     model: ModelOption = "smollm2-135m",
     dtype: DTypeOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Write the model with its patches as a plain Hugging Face checkpoint, which needs no factpatch."""
     from factpatch.files import check_output
@@ -58,4 +59,9 @@ def merge(
         lm = load(model, dtype=dtype, progress=report)
         report("Writing the checkpoint", 0, 1)
         merge_into(lm, patches, output)
+    if as_json:
+        print_json(
+            {"out": str(output), "model": lm.name, "fingerprint": lm.fingerprint, "patches": [p.id for p in patches]}
+        )
+        return
     line("Wrote ", (str(output), "bold"), f'. Load it as any model:  factpatch ask --model {output} "a question"')

@@ -65,6 +65,16 @@ def line(*parts: str | tuple[str, str]) -> None:
     out.print(Text.assemble(*parts), soft_wrap=True)
 
 
+@contextmanager
+def telling(wanted: bool) -> Iterator[None]:
+    """Whether what is meant for people is printed on stdout in the meantime."""
+    out.quiet = not wanted
+    try:
+        yield
+    finally:
+        out.quiet = False
+
+
 def print_json(value: Any) -> None:
     """JSON on stdout and nothing else."""
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
