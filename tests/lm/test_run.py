@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 
 from factpatch.errors import TokenizerError
 from factpatch.lm import run
-from factpatch.lm.hooks import reading
+from factpatch.lm.hooks import reading, replacing_input, replacing_output
 from factpatch.lm.run import (
     Batch,
     Places,
     Sampler,
     UpperRun,
+    can_resume,
     evaluating,
     generate,
     input_of,
@@ -77,6 +78,54 @@ def test_resuming_above_gives_the_whole_models_logits(architecture):
             for _ in range(2):
                 torch.testing.assert_close(upper.logits_at(places), expected, rtol=1e-5, atol=1e-5)
     assert before.differences(lm) == []
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_columns_that_do_not_change_need_not_run_again(architecture):
+    lm = tiny_lm(architecture)
+    before = Snapshot.of(lm)
+    shown = [
+        lm.tokens.encode(*text)
+        for text in (("Rome lies in", "Peru"), ("It is said that Oslo is", "a b c"), ("Ann", "x"))
+    ]
+    column = [3, 16, 1]  # from here on things change
+    site = lm.anatomy.mlp_out(1).module
+    change = torch.randn(lm.anatomy.hidden_size, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    def run(layer, since):
+        aligned = Batch.of_texts(shown, lm.device, align=column if since else None)
+        shifts = [max(column) - c if since else 0 for c in column]
+        upper = UpperRun(lm, aligned, layer, since=since)
+        at = (torch.arange(3), torch.tensor([c + shift - since for c, shift in zip(column, shifts, strict=True)]))
+
+        def add(_, out):
+            grid = out.reshape(3, -1, out.shape[-1])
+            return grid.index_put(at, change.expand(3, -1), accumulate=True).reshape(out.shape)
+
+        places = Places.of(
+            [[c + shift, len(t.ids) - 1 + shift] for c, shift, t in zip(column, shifts, shown, strict=True)], lm.device
+        )
+        with replacing_output(site, add):
+            logits = [upper.logits_at(places) for _ in range(2)]
+        assert torch.equal(*logits), "what is kept is not used up"
+        (gradient,) = torch.autograd.grad(logits[1].logsumexp(-1).sum(), [change])
+        return logits[1], gradient
+
+    expected = run(0, 0)
+    for layer in range(2):
+        for found, plain in zip(run(layer, max(column)), expected, strict=True):
+            torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
+    assert before.differences(lm) == []
+
+
+def test_a_model_with_hooks_is_not_run_in_parts():
+    lm = tiny_lm()
+    assert can_resume(lm)
+    with reading(lm.anatomy.blocks[1], lambda *_: None):
+        assert not can_resume(lm)
+    with replacing_input(lm.anatomy.blocks[1], lambda x: x):
+        assert not can_resume(lm)
+    assert can_resume(lm)
 
 
 def test_rows_leave_the_batch_without_changing_the_others():

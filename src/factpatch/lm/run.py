@@ -6,6 +6,7 @@ depends on batch order or size beyond float tolerance, and sampling is seeded by
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,7 @@ __all__ = [
     "Sampler",
     "UpperRun",
     "by_rows",
+    "can_resume",
     "current_pass",
     "evaluating",
     "generate",
@@ -81,31 +83,35 @@ class Batch:
         left: bool = False,
         prompts: Sequence[int] | None = None,
         lanes: Sequence[int | None] | None = None,
+        align: Sequence[int] | None = None,
     ) -> Batch:
         """Pad rows to one length: on the right for reading, on the left for writing on.
 
         prompts  how many tokens of each row are its prompt; all by default
+        align    a token of each row; these come to stand in one column, and rows are padded on both sides
         lanes    the lane of each row, as in `LM.side_by_side`; none by default
         """
-        width = max(len(row) for row in rows)
+        longest = max(len(row) for row in rows)
+        starts = [longest - len(row) if left else 0 for row in rows]
+        if align is not None:
+            starts = [max(align) - token for token in align]
+        width = max(start + len(row) for start, row in zip(starts, rows, strict=True))
         ids = torch.zeros(len(rows), width, dtype=torch.long)
         mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            span = slice(width - len(row), width) if left else slice(0, len(row))
-            ids[i, span] = torch.tensor(list(row), dtype=torch.long)
-            mask[i, span] = 1
+        for i, (start, row) in enumerate(zip(starts, rows, strict=True)):
+            ids[i, start : start + len(row)] = torch.tensor(list(row), dtype=torch.long)
+            mask[i, start : start + len(row)] = 1
         lengths = prompts or [len(row) for row in rows]
-        starts = [width - len(row) if left else 0 for row in rows]
         ends = torch.tensor([start + n - 1 for start, n in zip(starts, lengths, strict=True)])
         has_lanes = any(lane is not None for lane in lanes or ())
         own = torch.tensor([-1 if lane is None else lane for lane in lanes or ()], device=device) if has_lanes else None
         return cls(ids.to(device), mask.to(device), ends.to(device), own)
 
     @classmethod
-    def of_texts(cls, texts: Sequence[Encoded], device: torch.device) -> Batch:
-        """Texts with their targets, padded on the right."""
-        lanes = [text.lane for text in texts]
-        return cls.of([text.ids for text in texts], device, prompts=[text.target for text in texts], lanes=lanes)
+    def of_texts(cls, texts: Sequence[Encoded], device: torch.device, *, align: Sequence[int] | None = None) -> Batch:
+        """Texts with their targets, padded on the right, or aligned at a token of each."""
+        prompts, lanes = [text.target for text in texts], [text.lane for text in texts]
+        return cls.of([text.ids for text in texts], device, prompts=prompts, lanes=lanes, align=align)
 
 
 @dataclass(slots=True)
@@ -204,36 +210,81 @@ def _seen_at(lm: Runnable, module: nn.Module, batch: Batch) -> list[Tensor]:
     return [tensor.reshape(*batch.ids.shape, -1) for tensor in seen]  # some blocks flatten the first two axes
 
 
+@contextmanager
+def _only_at(lm: Runnable, places: Places) -> Iterator[None]:
+    """Let the head read the given places alone, as one row."""
+    with replacing_input(lm.anatomy.head, lambda hidden: hidden[places.rows, places.cols].unsqueeze(0)):
+        yield
+
+
 def logits_at(lm: Runnable, batch: Batch, places: Places) -> Float[Tensor, "reads vocab"]:
     """Logits at the given places only, in float32; keeps the graph if gradients are on."""
-    gather = replacing_input(lm.anatomy.head, lambda hidden: hidden[places.rows, places.cols].unsqueeze(0))
-    with evaluating(lm.model), gather:
+    with evaluating(lm.model), _only_at(lm, places):
         out = _forward(lm, batch)
     logits: Tensor = out.logits[0]
     return logits.float()
 
 
 class UpperRun:
-    """The forward pass from block `layer` on, over one batch, as often as wanted.
+    """The forward pass from block `layer` and column `since` on, over one batch, as often as wanted.
 
-    The blocks beneath run once and are then skipped, which changes nothing as long as they do not change.
+    The blocks beneath run once and are then skipped, and so do the columns before, whose keys and values are kept; which
+    changes nothing as long as nothing changes there. Only a model without hooks can be given `since`; see `can_resume`.
     """
 
-    def __init__(self, lm: Runnable, batch: Batch, layer: int) -> None:
-        self.lm, self.batch = lm, batch
+    def __init__(self, lm: Runnable, batch: Batch, layer: int, *, since: int = 0) -> None:
+        self.lm, self.batch, self.since = lm, batch, since
         self._below = lm.anatomy.blocks[:layer]
         self._output: Any = None
+        self._past: Any = None
         # What these hooks do is in the output already; those that are added later act on it.
         self._acted = [{*block._forward_hooks, *block._forward_pre_hooks} for block in self._below]
-        if self._below:
-            with torch.no_grad(), evaluating(lm.model), recording(self._below[-1]) as kept, until(self._below[-1]):
-                _forward(lm, batch)
-            self._output = kept[0]
+        with torch.no_grad(), evaluating(lm.model):
+            if since:
+                self._past = self._read_past()
+            if self._below:
+                with recording(self._below[-1]) as kept, until(self._below[-1]):
+                    self._run()
+                self._output = kept[0]
 
     def logits_at(self, places: Places) -> Float[Tensor, "reads vocab"]:
-        """As the function of this name, without running the blocks beneath again."""
-        with resuming(self._below, self._output, self._acted):
-            return logits_at(self.lm, self.batch, places)
+        """As the function of this name, without running again what does not change; no place may lie before `since`."""
+        here = Places(places.rows, places.cols - self.since)
+        with resuming(self._below, self._output, self._acted), evaluating(self.lm.model), _only_at(self.lm, here):
+            out = self._run()
+        logits: Tensor = out.logits[0]
+        return logits.float()
+
+    def _run(self) -> Any:
+        if not self.since:
+            return _forward(self.lm, self.batch)
+        # Of its own for each run, which adds its keys and values to it.
+        past = copy.deepcopy(self._past)
+        return self._columns(slice(self.since, None), self.batch.mask, past)
+
+    def _read_past(self) -> Any:
+        """Keys and values of all blocks in the columns before; nothing reads what is predicted there."""
+        with _only_at(self.lm, Places.of([[]], self.lm.device)):
+            out = self._columns(slice(0, self.since), self.batch.mask[:, : self.since], None)
+        return out.past_key_values
+
+    def _columns(self, columns: slice, mask: Tensor, past: Any) -> Any:
+        ids = self.batch.ids[:, columns]
+        positions = _positions(self.lm, mask, ids.shape[1])
+        with passing(Pass(mask, self.batch.ends)):
+            return self.lm.model(input_ids=ids, attention_mask=mask, past_key_values=past, use_cache=True, **positions)
+
+
+def can_resume(lm: Runnable) -> bool:
+    """Whether the columns of a batch may run one after the other: hooks may want to see them all."""
+    return not any(module._forward_hooks or module._forward_pre_hooks for module in lm.model.modules())
+
+
+def _positions(lm: Runnable, mask: Int[Tensor, "batch seq"], last: int) -> dict[str, Tensor]:
+    """The positions of the last so many columns, counted from each row's first token, if the model wants to be told."""
+    if "position_ids" not in inspect.signature(lm.model.forward).parameters:
+        return {}
+    return {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, -last:]}
 
 
 def length_batches(lengths: Sequence[int], budget: int | None = None) -> Iterator[list[int]]:
@@ -373,12 +424,11 @@ def _write(
     batch = Batch.of([prompt for _, prompt in rows], lm.device, left=True, lanes=[lane for lane, _ in rows])
     ids, mask, cache = batch.ids, batch.mask, None
     now = Pass(mask, batch.ends, lanes=batch.lanes)
-    takes_positions = "position_ids" in inspect.signature(lm.model.forward).parameters
     with replacing_input(lm.anatomy.head, lambda hidden: hidden[:, -1:]):
         for _ in range(max_new):
-            extra = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]} if takes_positions else {}
+            positions = _positions(lm, mask, ids.shape[1])
             with passing(now):
-                out = lm.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)
+                out = lm.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **positions)
             cache = out.past_key_values
             tokens = choose(out.logits[:, -1], [rows[i] for i in live])
             stay = []

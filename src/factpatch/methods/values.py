@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from factpatch.edits import Edit
 from factpatch.lm import LM
 from factpatch.lm.hooks import reading, replacing_output
-from factpatch.lm.run import Batch, Places, UpperRun, length_batches
+from factpatch.lm.run import Batch, Places, UpperRun, can_resume, length_batches
 from factpatch.lm.tokens import Encoded
 from factpatch.methods.base import Config
-from factpatch.methods.keys import at_subject, subject_texts
+from factpatch.methods.keys import subject_texts
 from factpatch.progress import Progress, part
 
 __all__ = ["TargetValue", "ValueConfig", "target_values"]
@@ -118,10 +118,17 @@ class _Search:
         self.bare = starts[:-1]
         essence = torch.tensor([end - 1 for end in starts[1:]], device=lm.device)
         self.owner = torch.tensor([i for i, own in enumerate(edits) for _ in own.texts], device=lm.device)
-        self.batch = Batch.of_texts(texts, lm.device)
-        self.subjects = torch.tensor([text.subject for text in texts], device=lm.device)
-        self.upper = UpperRun(lm, self.batch, first)
-        self.places = Places.of([_reads(text) for text in texts], lm.device)
+        subjects = [text.subject or 0 for text in texts]
+        # Nothing changes before the subject's last token: with all of them in one column, what is before it runs once.
+        since = max(subjects) if can_resume(lm) else 0
+        shifts = [since - subject for subject in subjects] if since else [0] * len(texts)
+        self.batch = Batch.of_texts(texts, lm.device, align=subjects if since else None)
+        self.upper = UpperRun(lm, self.batch, first, since=since)
+        columns = torch.tensor([at + shift - since for at, shift in zip(subjects, shifts, strict=True)])
+        self._at = (torch.arange(len(texts), device=lm.device), columns.to(lm.device))
+        self.places = Places.of(
+            [[at + shift for at in _reads(text)] for text, shift in zip(texts, shifts, strict=True)], lm.device
+        )
         self.is_essence = torch.isin(self.places.rows, essence)
         self.target = torch.tensor([t for text in texts for t in text.target_ids], device=lm.device)
         rows = self.places.rows[~self.is_essence]
@@ -136,7 +143,7 @@ class _Search:
         seen: dict[int, Tensor] = {}
 
         def see(index: int) -> Callable[[Tensor, Tensor], None]:
-            return lambda _, out: seen.update({index: at_subject(out, self.batch, self.texts)[self.bare].float()})
+            return lambda _, out: seen.update({index: self._grid(out)[self._at][self.bare].float()})
 
         with torch.no_grad(), ExitStack() as stack:
             for i, site in enumerate(self.sites):
@@ -178,12 +185,14 @@ class _Search:
 
     def _adding(self, deltas: Sequence[Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
         def add(_: Tensor, out: Tensor) -> Tensor:
-            grid = out.reshape(*self.batch.ids.shape, -1)
-            at = (torch.arange(len(grid), device=out.device), self.subjects)
             added = torch.stack(list(deltas))[self.owner].to(out.dtype)
-            return grid.index_put(at, added, accumulate=True).reshape(out.shape)
+            return self._grid(out).index_put(self._at, added, accumulate=True).reshape(out.shape)
 
         return add
+
+    def _grid(self, out: Tensor) -> Float[Tensor, "rows seq width"]:
+        """What a site puts out, with a row for each text; some blocks flatten the first two axes."""
+        return out.reshape(len(self.texts), -1, out.shape[-1])
 
     def _loss(self, deltas: Sequence[Sequence[Tensor]]) -> Float[Tensor, " edits"]:
         config = self.config
