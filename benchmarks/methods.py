@@ -22,7 +22,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
@@ -55,6 +56,8 @@ TITLES = {
 }
 TRAIN = range(100, 200)
 PUBLISHED = Path(__file__).with_name("published.csv")
+REMARKS = Path(__file__).with_name("remarks.toml")
+BESIDE = ("edit_success", "portability", "locality")
 
 Row = dict[str, Any]
 
@@ -203,8 +206,8 @@ def _write(out: Path, rows: list[Row], lm: LM, datasets: Sequence[Dataset], cont
         for protocol, title in TITLES.items():
             lines += [f"### {title}", "", *_scores(protocol, own, contenders), ""]
         lines += ["### Costs", "", *_costs(own, contenders), ""]
-        published = _published(dataset.name)
-        lines += ["### Published for the same model", "", *published, ""] if published else []
+        beside = _beside(dataset, own)
+        lines += ["### Beside what is published for the same model, survey protocol", "", *beside, ""] if beside else []
     lines += ["## Settings", ""]
     lines += [f"- {c.method.name}: `{json.dumps(c.config)}`" for c in contenders if c.config]
     with whole_file(out) as draft:
@@ -213,7 +216,7 @@ def _write(out: Path, rows: list[Row], lm: LM, datasets: Sequence[Dataset], cont
 
 def _scores(protocol: str, rows: list[Row], contenders: Sequence[Contender]) -> list[str]:
     table = [
-        f"| method | n | {' | '.join(s.replace('_', ' ') for s in SCORES)} |",
+        f"| method | n | {' | '.join(map(_title, SCORES))} |",
         "| --- |" + " ---: |" * (1 + len(SCORES)),
     ]
     first = [row["scores"][protocol] for row in rows if "scores" in row and row["method"] == contenders[0].method.name]
@@ -237,15 +240,42 @@ def _costs(rows: list[Row], contenders: Sequence[Contender]) -> list[str]:
     return table
 
 
-def _published(dataset: str) -> list[str]:
+def _beside(dataset: Dataset, rows: list[Row]) -> list[str]:
+    """Published rows for this model, each above ours on the same records; then every cell that falls behind."""
     with PUBLISHED.open(newline="", encoding="utf-8") as file:
-        found = [row for row in csv.DictReader(file) if row["dataset"] == dataset]
-    if not found:
+        published = [row for row in csv.DictReader(file) if row["dataset"] == dataset.name]
+    remarks = {
+        (r["dataset"], r["method"], r["score"]): r["text"] for r in tomllib.loads(REMARKS.read_text()).get("remark", [])
+    }
+    table = [f"| method | by | n | {' | '.join(map(_title, BESIDE))} | s to fit |", "| --- | --- |" + " ---: |" * 5]
+    behind: list[str] = []
+    for row in published:
+        first = {edit.id for edit in dataset.edits[: int(row["records"])]}
+        own = [r for r in rows if r["method"] == row["method"] and r["edit"] in first and "scores" in r]
+        if len(own) < int(row["records"]):
+            continue
+        scores = {name: _mean([r["scores"]["survey"] for r in own], name) for name in BESIDE}
+        theirs = {name: float(row[name]) if row[name] else None for name in BESIDE}
+        head = f"| {row['method']} |"
+        table.append(f"{head} {row['source']} | {row['records']} | {_cells(theirs.values())} | {row['seconds']} |")
+        seconds = number(_median([r["fit_seconds"] for r in own]), 1)
+        table.append(f"{head} factpatch | {len(own)} | {_cells(scores.values())} | {seconds} |")
+        for name in BESIDE:
+            ours, other = scores[name], theirs[name]
+            if ours is not None and other is not None and round(ours, 3) < other:
+                said = remarks.get((dataset.name, row["method"], name), "Not explained yet.")
+                behind.append(f"- {row['method']}, {_title(name)}: {ours:.3f} against {other:.3f}. {said}")
+    if len(table) == 2:
         return []
-    names_ = ["source", "method", "records", "edit_success", "portability", "locality", "seconds"]
-    lines = [" | ".join(row[name] or "–" for name in names_) for row in found]
-    head = " | ".join(name.replace("_", " ") for name in names_)
-    return [f"| {head} |", "| --- | --- |" + " ---: |" * 5, *(f"| {line} |" for line in lines)]
+    return [*table, "", *(["What falls behind:", "", *behind] if behind else ["Nothing falls behind."])]
+
+
+def _title(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _cells(values: Iterable[float | None]) -> str:
+    return " | ".join(number(value) for value in values)
 
 
 def _mean(rows: Sequence[Mapping[str, float | None]], name: str) -> float | None:
