@@ -165,7 +165,7 @@ def test_sampling_is_seeded_by_each_text_alone_and_leaves_the_global_state():
 def test_samples_follow_the_distribution_of_the_top_k():
     logits = torch.tensor([[0.5, 0.3, 0.2, 1e-9]]).log()
     sampler = Sampler(seed=0, top_k=2)
-    counts = Counter(sampler(logits, [(0,)]).item() for _ in range(4000))
+    counts = Counter(sampler(logits, [(None, (0,))]).item() for _ in range(4000))
     assert set(counts) == {0, 1}
     assert counts[0] / 4000 == pytest.approx(0.5 / 0.8, abs=0.03)
 
@@ -342,13 +342,13 @@ def test_sampling_does_not_depend_on_its_batch(architecture):
 def test_two_prompts_of_one_length_draw_from_streams_of_their_own():
     logits = torch.zeros(2, 50)
     sampler = Sampler(seed=0, top_k=50)
-    drawn = torch.stack([sampler(logits, [(1,), (2,)]) for _ in range(20)])
+    drawn = torch.stack([sampler(logits, [(None, (1,)), (None, (2,))]) for _ in range(20)])
     assert (drawn[:, 0] != drawn[:, 1]).sum() > 10
 
 
 def test_a_stream_goes_on_from_token_to_token():
     sampler = Sampler(seed=0, top_k=50)
-    drawn = [sampler(torch.zeros(1, 50), [(1,)]).item() for _ in range(20)]
+    drawn = [sampler(torch.zeros(1, 50), [(None, (1,))]).item() for _ in range(20)]
     assert len(set(drawn)) > 5
 
 
@@ -357,7 +357,7 @@ def test_samples_follow_the_distribution():
     for seed in range(3):
         sampler = Sampler(seed, top_k=4)
         logits = (share.log() + 7).repeat(draws, 1)  # logits are log-probabilities up to a constant
-        counts = sampler(logits, [(i,) for i in range(draws)]).bincount(minlength=4)
+        counts = sampler(logits, [(None, (i,)) for i in range(draws)]).bincount(minlength=4)
         chi_square = ((counts - draws * share) ** 2 / (draws * share)).sum().item()
         assert chi_square < 21.1, f"four outcomes exceed this once in ten thousand times; drew {counts.tolist()}"
 
@@ -369,7 +369,7 @@ def test_the_most_likely_token_alone_is_greedy():
 
 
 def test_more_tokens_asked_for_than_there_are():
-    assert Sampler(seed=0, top_k=99)(torch.tensor([[0.0, -1e9]]), [(1,)]).tolist() == [0]
+    assert Sampler(seed=0, top_k=99)(torch.tensor([[0.0, -1e9]]), [(None, (1,))]).tolist() == [0]
 
 
 def test_batches_go_from_short_to_long_and_equal_lengths_keep_their_order():
