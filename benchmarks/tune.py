@@ -41,9 +41,7 @@ def main(
 ) -> None:
     """Write a table of scores, after each row anew, so that a run that is stopped leaves what it had."""
     edits = read(data).edits[first : first + limit]
-    axes = [
-        (key, values.split("/" if "/" in values else ",")) for key, _, values in (axis.partition("=") for axis in grid)
-    ]
+    axes = [_axis(text) for text in grid]
     with progress() as report:
         lm = load(model, progress=report)
         scorer = Scorer(lm, fluency=False)
@@ -74,6 +72,12 @@ def main(
             rows.append(f"| {label} | {' | '.join(numbers)} |")
             with whole_file(out) as draft:
                 draft.write_text("\n".join([*head, *rows]) + "\n", encoding="utf-8")
+
+
+def _axis(text: str) -> tuple[str, list[str]]:
+    """A setting and its values; values that hold commas of their own are separated, or a single one ended, by a slash."""
+    key, _, values = text.partition("=")
+    return key, [value for value in values.split("/" if "/" in values else ",") if value]
 
 
 if __name__ == "__main__":
