@@ -167,6 +167,7 @@ class FtBf(_FineTuning[FtBfConfig]):
     name = "ft-bf"
     config_type = FtBfConfig
     traits = replace(FtL.traits, paper="Fine-tuning done right 2025, arXiv 2509.22072")
+    presets = (Preset((30, 576), {"layer": 14}, "SmolLM2-135M, measured: docs/results/tuning/ft-bf.md"),)
 
     def learnt(self, lm: LM, edits: tuple[Edit, ...], config: FtBfConfig) -> Sequence[Edit]:
         """Earlier edits and these, shuffled; the order in which they are given does not count."""

@@ -201,6 +201,13 @@ class AlphaEdit(_Spread[AlphaEditConfig]):
         paper="Fang et al. 2025, arXiv 2410.02355",
         prepares="directions of keys at each block, by how much they are used",
     )
+    presets = (
+        Preset(
+            (30, 576),
+            {"lr": 0.5, "weight_decay": 1e-3, "steps": 60, "clamp": 4.0},
+            "SmolLM2-135M, measured: docs/results/tuning/alphaedit.md",
+        ),
+    )
 
     def prepare(self, lm: LM, progress: Progress = silent) -> None:
         """Compute and cache the directions."""

@@ -19,7 +19,7 @@ from factpatch.lm import LM
 from factpatch.lm.anatomy import Projection
 from factpatch.lm.hooks import reading, replacing_output
 from factpatch.lm.run import Batch, input_of
-from factpatch.methods.base import Config, Method, Traits
+from factpatch.methods.base import Config, Method, Preset, Traits
 from factpatch.methods.keys import context_prefixes
 from factpatch.methods.targets import TargetBatch, with_targets
 from factpatch.patches.neurons import NeuronPatch, fired
@@ -63,6 +63,7 @@ class TPatcher(Method[TPatcherConfig]):
         patch=NeuronPatch,
         needs="MLP projections",
     )
+    presets = (Preset((30, 576), {"layer": 20}, "SmolLM2-135M, measured: docs/results/tuning/t-patcher.md"),)
 
     def make(self, lm: LM, edits: tuple[Edit, ...], config: TPatcherConfig, progress: Progress) -> NeuronPatch:
         """One edit after the other, each beside the neurons of the earlier ones."""
