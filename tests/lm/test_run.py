@@ -86,8 +86,7 @@ def test_columns_that_do_not_change_need_not_run_again(architecture, said):
     lm = tiny_lm(architecture)
     before = Snapshot.of(lm)
     shown = [
-        lm.tokens.encode(*text)
-        for text in (("Rome lies in", "Peru"), (f"{said} that Oslo is", "a b c"), ("Ann", "x"))
+        lm.tokens.encode(*text) for text in (("Rome lies in", "Peru"), (f"{said} that Oslo is", "a b c"), ("Ann", "x"))
     ]
     column = [3, len(said) + 6, 1]  # from here on things change
     site = lm.anatomy.mlp_out(1).module

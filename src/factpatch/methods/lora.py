@@ -18,7 +18,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from factpatch.edits import Edit
 from factpatch.lm import LM
-from factpatch.methods.base import Config, Layers, Method, Traits, in_own_order
+from factpatch.methods.base import Config, Layers, Method, Preset, Traits, in_own_order
 from factpatch.methods.targets import TargetBatch, with_targets
 from factpatch.patches.adapter import AdapterPatch, adapt, peft_library
 from factpatch.progress import Progress
@@ -93,6 +93,13 @@ class Lora(_Adapter):
         patch=AdapterPatch,
         joint=True,
         needs="attention projections; the extra adapters",
+    )
+    presets = (
+        Preset(
+            (30, 576),
+            {"layers": (6, 7, 8, 9, 10, 11), "lr": 6e-4, "steps": 120, "stop_loss": 0.1},
+            "SmolLM2-135M, measured: docs/results/tuning/lora-layers.md",
+        ),
     )
 
     def peft_config(self, config: AdapterConfig, **common: Any) -> Any:
