@@ -8,7 +8,7 @@
 Each edit of each method is a row of the .jsonl file beside the page. A run that is stopped, or given more records, goes on
 where the rows end; a row counts only for the model, the settings and the protocols it was made with. A few records at a time
 all methods get their turn, so that every page compares them on the same records; the edits of one turn are made one by one
-and scored side by side. Methods that are trained learn from records 100 to 199 of each file, which are never scored here.
+and scored side by side. Methods that learn, or show examples, take records 100 to 199 of each file, which are never scored here.
 """
 
 from __future__ import annotations
@@ -37,12 +37,13 @@ import typer
 
 from factpatch.bench.singles import ABREAST
 from factpatch.cli.terminal import number, progress
-from factpatch.data import Dataset, read
+from factpatch.data import Dataset, read, write_jsonl
 from factpatch.edits import Edit
 from factpatch.errors import CannotEdit, TokenizerError
 from factpatch.files import cache_root, whole_file
 from factpatch.lm import LM, load
-from factpatch.methods import Method, create, names
+from factpatch.methods import Method, create, find, names
+from factpatch.methods.context import Ike
 from factpatch.methods.learning import Learned
 from factpatch.patches import Patch
 from factpatch.progress import Progress
@@ -88,7 +89,8 @@ def main(
     with progress() as report:
         lm = load(model, progress=report)
         scorer = Scorer(lm)
-        contenders = [_contender(lm, name, data, report) for name in (methods.split(",") if methods else names())]
+        lessons = _lessons(data)
+        contenders = [_contender(lm, name, lessons, report) for name in (methods.split(",") if methods else names())]
         wanted: list[str] = []
         for start in range(0, limit, ABREAST):
             for dataset, contender in itertools.product(datasets, contenders):
@@ -107,26 +109,31 @@ def main(
             _write(out, [rows[key] for key in wanted if key in rows], lm, datasets, contenders)
 
 
-def _contender(lm: LM, name: str, data: Sequence[str], report: Progress) -> Contender:
+def _lessons(data: Sequence[str]) -> tuple[str, int]:
+    """The records that may be learned from, of all files, as one file: how to name it, and how many they are."""
+    lessons = [
+        edit.model_copy(update={"id": f"{spec.partition(':')[0]} {edit.id}"})
+        for spec in data
+        for edit in read(spec, start=TRAIN.start, limit=len(TRAIN)).edits
+    ]
+    told = json.dumps([lesson.to_json() for lesson in lessons])
+    path = cache_root() / "benchmarks" / f"lessons-{hashlib.sha256(told.encode()).hexdigest()[:16]}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_jsonl(lessons, path)
+    return f"own:{path}", len(lessons)
+
+
+def _contender(lm: LM, name: str, lessons: tuple[str, int], report: Progress) -> Contender:
     """The method ready to edit: trained, if it has to be, and its statistics at hand."""
-    method = create(name)
-    config = method.resolve(lm).model_dump(mode="json", exclude_defaults=True)
-    if isinstance(method, Learned):
-        lessons = [
-            _lesson(spec, edit) for spec in data for edit in read(spec, start=TRAIN.start, limit=len(TRAIN)).edits
-        ]
-        told = json.dumps([config, lm.fingerprint, [lesson.to_json() for lesson in lessons]])
-        folder = cache_root() / "benchmarks" / f"{name}-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
-        if not (folder / "editor.json").exists():
-            method.train(lm, lessons, folder=folder, source=f"records of {', '.join(data)}", progress=report)
-        method = create(name, {"editor": str(folder)})
-        config |= {"trained on": len(lessons)}
+    spec, count = lessons
+    kind = find(name)
+    learning = {"data": spec} if issubclass(kind, Learned) else {"corpus": spec} if issubclass(kind, Ike) else {}
+    method = create(name, learning)
+    config = method.resolve(lm).model_dump(mode="json", exclude_defaults=True, exclude={*learning})
+    if learning:
+        config |= {"learns from": f"{count} records"}
     method.prepare(lm, report)
     return Contender(method, config)
-
-
-def _lesson(spec: str, edit: Edit) -> Edit:
-    return edit.model_copy(update={"id": f"{spec.partition(':')[0]} {edit.id}"})
 
 
 def _key(lm: LM, contender: Contender, dataset: Dataset, edit: Edit, scorer: Scorer) -> str:

@@ -32,7 +32,7 @@ def test_attribution_equals_finite_differences(architecture):
     lm = tiny_lm(architecture)
     ids, token, steps = lm.tokens.encode("Rome lies in").ids, 40, 4
     actual = input_of(lm, lm.anatomy.mlp_out(1).module, Batch.of([ids], lm.device))[0, -1]
-    found = attributions(lm, 1, ids, token, steps)
+    found = attributions(lm, [2, 1], ids, token, steps)[1]
     for neuron in found.abs().argsort(descending=True)[:6].tolist():
         slope, h = 0.0, 1e-2 * actual[neuron].abs().item() + 1e-4
         for j in range(1, steps + 1):
@@ -48,7 +48,7 @@ def test_attributions_sum_to_the_change_of_probability():
     ids, token = lm.tokens.encode("Rome lies in").ids, 40
     actual = input_of(lm, lm.anatomy.mlp_out(2).module, Batch.of([ids], lm.device))[0, -1]
     gap = chance(lm, 2, ids, token, actual) - chance(lm, 2, ids, token, actual * 0)
-    errors = [abs(attributions(lm, 2, ids, token, steps).sum().item() - gap) for steps in (2, 100)]
+    errors = [abs(attributions(lm, [2], ids, token, steps).sum().item() - gap) for steps in (2, 100)]
     assert errors[1] < 0.03 * abs(gap)
     assert errors[1] < errors[0]
 
@@ -121,7 +121,7 @@ def test_the_strongest_neurons_of_all_blocks_are_found():
     lm, (edit, _) = tiny_lm(), tiny_edits()
     patch = fit(lm, edit, contexts=0, threshold=0.5, most=500)
     text = lm.tokens.encode(edit.prompt, edit.ground_truth[0])
-    table = torch.stack([attributions(lm, layer, text.prompt_ids, text.target_ids[0], 5) for layer in range(3)])
+    table = attributions(lm, range(3), text.prompt_ids, text.target_ids[0], 5)
     expected = {(a, b) for a, b in (table > 0.5 * table.max()).nonzero().tolist()}
     assert {tuple(neuron) for neuron in patch.provenance.notes[0]["neurons"]} == expected
     assert {layer for layer, _ in fit(lm, edit, layers="1").provenance.notes[0]["neurons"]} == {1}
@@ -133,7 +133,7 @@ def test_neurons_are_kept_that_are_found_in_enough_contexts():
     counts = {}
     for prefix in prefixes:
         ids = lm.tokens.encode(edit.prompt, edit.target, prefix=prefix).prompt_ids
-        table = torch.stack([attributions(lm, layer, ids, token, 5) for layer in range(3)])
+        table = attributions(lm, range(3), ids, token, 5)
         for a, b in (table > 0.3 * table.max()).nonzero().tolist():
             counts[a, b] = counts.get((a, b), 0) + 1
     assert {1, 3} <= set(counts.values()), "some are found once alone, some everywhere"

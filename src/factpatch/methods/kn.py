@@ -6,7 +6,8 @@ Dai et al., ACL 2022 (arXiv 2104.08696).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -17,12 +18,12 @@ from torch import Tensor
 from factpatch.edits import Edit
 from factpatch.lm import LM
 from factpatch.lm.anatomy import Projection
-from factpatch.lm.hooks import replacing_input
-from factpatch.lm.run import Batch, Places, UpperRun, input_of, logits_at
+from factpatch.lm.hooks import reading, replacing_input
+from factpatch.lm.run import Batch, Places, UpperRun, by_rows, can_resume, logits_at
 from factpatch.methods.base import Config, Layers, Method, Traits
 from factpatch.methods.keys import context_prefixes
 from factpatch.patches import LowRank, WeightPatch
-from factpatch.progress import Progress
+from factpatch.progress import Progress, part, silent
 
 __all__ = ["Kn", "KnConfig", "attributions"]
 
@@ -82,29 +83,44 @@ class Kn(Method[KnConfig]):
         return WeightPatch.of(self.provenance(lm, settled, edits, notes), changes)
 
 
-def attributions(lm: LM, layer: int, ids: Sequence[int], token: int, steps: int) -> Float[Tensor, " inter"]:
-    """How much of `token`'s probability after `ids` each neuron of block `layer` carries at the last token.
+def attributions(
+    lm: LM, layers: Sequence[int], ids: Sequence[int], token: int, steps: int, progress: Progress = silent
+) -> Float[Tensor, "layers inter"]:
+    """How much of `token`'s probability after `ids` each neuron of these blocks carries at the last token.
 
-    Integrated gradients from no activation to the actual one: `w / m Σ_j ∂P(j w / m) / ∂w` (equation 2). Over all neurons
-    it sums to `P(w) - P(0)`, the more exactly the more steps.
+    Integrated gradients from no activation to the actual one: `w / m Σ_j ∂P(j w / m) / ∂w` (equation 2). Over the neurons
+    of a block it sums to `P(w) - P(0)`, the more exactly the more steps.
     """
-    projection = lm.anatomy.mlp_out(layer)
-    actual = input_of(lm, projection.module, Batch.of([ids], lm.device))[0, -1].float()
     batch = Batch.of([ids] * steps, lm.device)
-    upper = UpperRun(lm, batch, layer)
-    scale = torch.arange(1, steps + 1, device=actual.device)[:, None] / steps
-    scaled = (scale * actual).requires_grad_()
-    rows = torch.arange(steps, device=actual.device)
+    rows = torch.arange(steps, device=lm.device)
     last = torch.full_like(rows, len(ids) - 1)
+    # Nothing changes before the last token, so that all before it runs once for all blocks.
+    run = UpperRun(lm, batch, 0, since=len(ids) - 1 if can_resume(lm) else 0)
+    sites = [lm.anatomy.mlp_out(layer).module for layer in layers]
+    seen: dict[int, Tensor] = {}
 
-    def put(x: Tensor) -> Tensor:
-        grid = x.reshape(*batch.ids.shape, -1)
-        return grid.index_put((rows, last), scaled.to(x.dtype)).reshape(x.shape)
+    def see(number: int) -> Callable[[Tensor, Tensor], None]:
+        return lambda x, _: seen.update({number: by_rows(x)[0, -1].float()})
 
-    with replacing_input(projection.module, put), torch.enable_grad():
-        chances = upper.logits_at(Places(rows, last)).softmax(-1)[:, token]
-        (gradient,) = torch.autograd.grad(chances.sum(), [scaled])
-    return actual * gradient.mean(0)
+    with torch.no_grad(), ExitStack() as stack:
+        for number, site in enumerate(sites):
+            stack.enter_context(reading(site, see(number)))
+        run.logits_at(Places(rows, last))
+    scale = torch.arange(1, steps + 1, device=lm.device)[:, None] / steps
+    found: list[Tensor] = []
+    for number, site in enumerate(sites):
+        progress("Looking for neurons", number, len(sites))
+        scaled = (scale * seen[number]).requires_grad_()
+
+        def put(x: Tensor, scaled: Tensor = scaled) -> Tensor:
+            return by_rows(x).index_put((rows, rows.new_tensor(-1)), scaled.to(x.dtype)).reshape(x.shape)
+
+        with replacing_input(site, put), torch.enable_grad():
+            chances = run.logits_at(Places(rows, last)).softmax(-1)[:, token]
+            (gradient,) = torch.autograd.grad(chances.sum(), [scaled])
+        found.append(seen[number] * gradient.mean(0))
+    progress("Looking for neurons", len(sites), len(sites))
+    return torch.stack(found)
 
 
 def _find(
@@ -121,14 +137,10 @@ def _find(
     tables: list[Tensor] = []
     for i, prefix in enumerate(prefixes):
         ids = lm.tokens.encode(edit.prompt, edit.target, prefix=prefix, chat=config.chat).prompt_ids
-        rows = []
-        for j, layer in enumerate(layers):
-            progress("Looking for neurons", i * len(layers) + j, len(prefixes) * len(layers))
-            rows.append(attributions(lm, layer, ids, token, config.integral_steps))
-        tables.append(torch.stack(rows))
+        seen = part(progress, i, len(prefixes))
+        tables.append(attributions(lm, layers, ids, token, config.integral_steps, seen))
         high = tables[-1] > config.threshold * tables[-1].max()
         found.update((layers[a], int(b)) for a, b in high.nonzero().tolist())
-    progress("Looking for neurons", 1, 1)
     total = torch.stack(tables).sum(0)
     strength = {(layers[a], int(b)): float(total[a, b]) for a, b in (total > 0).nonzero().tolist()}
     ranked = sorted((n for n in strength if found[n]), key=lambda neuron: (-strength[neuron], neuron))

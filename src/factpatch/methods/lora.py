@@ -112,6 +112,13 @@ class Dora(_Adapter):
 
     name = "dora"
     traits = replace(Lora.traits, paper="Liu et al. 2024, arXiv 2402.09353")
+    presets = (
+        Preset(
+            (30, 576),
+            {"layers": (6, 7, 8, 9, 10, 11), "lr": 1e-3, "steps": 120, "stop_loss": 0.1},
+            "SmolLM2-135M, measured: docs/results/tuning/dora.md",
+        ),
+    )
 
     def peft_config(self, config: AdapterConfig, **common: Any) -> Any:
         """A LoRA whose weight is decomposed."""

@@ -133,6 +133,11 @@ class Memit(_Spread[MemitConfig]):
     config_type = MemitConfig
     presets: ClassVar[tuple[Preset, ...]] = (
         Preset(
+            (30, 576),
+            {"prior": 20.0, "steps": 60, "clamp": 8.0},
+            "SmolLM2-135M, measured: docs/results/tuning/memit.md",
+        ),
+        Preset(
             (48, 1600), {"layers": (13, 14, 15, 16, 17), "clamp": 0.75, "weight_decay": 0.5}, "GPT-2 XL in the release"
         ),
         Preset((28, 4096), {"layers": (3, 4, 5, 6, 7, 8), "clamp": 0.75, "weight_decay": 0.5}, "GPT-J in the release"),
@@ -177,6 +182,10 @@ class Pmet(Memit):
 
     name = "pmet"
     traits = replace(Memit.traits, paper="Li et al. 2024, arXiv 2308.08742")
+    presets: ClassVar[tuple[Preset, ...]] = (
+        replace(Memit.presets[0], source="SmolLM2-135M, measured: docs/results/tuning/pmet.md"),
+        *Memit.presets[1:],
+    )
 
     def sites(self, lm: LM, layer: int) -> Sequence[nn.Module]:
         """The MLP's output, and the attention's beside it."""
