@@ -76,16 +76,31 @@ def test_a_training_can_be_made_longer(tmp_path):
     assert longer.id == train(tmp_path / "b", steps=8).id
 
 
-def test_the_editor_is_the_one_of_the_lowest_loss_and_patience_ends_the_training(tmp_path):
-    editor = train(tmp_path / "a", lr=3.0, steps=40, patience=2)
-    losses = [look["loss"] for look in editor.about.curve]
-    assert editor.about.steps < 40
-    assert len(losses) - 1 - losses.index(min(losses)) == 2
-    assert editor.best["loss"] == min(losses)
-    best = int(editor.best["step"])
-    if best:
-        shorter = train(tmp_path / "b", lr=3.0, steps=best, patience=2)
-        assert shorter.id == editor.id
+@pytest.mark.parametrize("losses", [(3.0, 1.0, 2.0, 2.0), (3.0, 2.0, 1.0, 2.0), (1.0, 2.0, 3.0, 2.0)])
+def test_the_editor_is_the_one_of_the_lowest_loss(tmp_path, monkeypatch, losses):
+    from factpatch.methods.mend import _HyperCourse
+
+    looks, seen = iter(losses), []
+
+    def look(self, _):
+        seen.append({name: value.detach().clone() for name, value in self.network.state_dict().items()})
+        return {"loss": next(looks)}
+
+    monkeypatch.setattr(_HyperCourse, "look", look)
+    editor = train(tmp_path / "a")
+    best = losses.index(1.0)
+    assert editor.best["step"] == 2 * best
+    same = [all(torch.equal(editor.tensors[name], value) for name, value in network.items()) for network in seen]
+    assert same == [i == best for i in range(len(seen))]
+
+
+def test_patience_ends_a_training(tmp_path, monkeypatch):
+    from factpatch.methods.mend import _HyperCourse
+
+    looks = iter((3.0, 1.0, 2.0, 1.0, 2.0, 2.0))
+    monkeypatch.setattr(_HyperCourse, "look", lambda *_: {"loss": next(looks)})
+    editor = train(tmp_path / "a", steps=40, patience=2)
+    assert [look["loss"] for look in editor.about.curve] == [3.0, 1.0, 2.0, 1.0]
 
 
 def test_held_out_edits_are_never_studied(monkeypatch, tmp_path):
@@ -97,6 +112,18 @@ def test_held_out_edits_are_never_studied(monkeypatch, tmp_path):
     train(tmp_path / "a", held_out=0.4)
     assert len(looked) == 2
     assert studied == set(range(6)) - looked
+
+
+def test_each_round_goes_through_all_edits_in_an_order_of_its_own(monkeypatch, tmp_path):
+    from factpatch.methods.mend import _HyperCourse
+
+    studied = []
+    monkeypatch.setattr(_HyperCourse, "study", lambda self, chosen: studied.extend(chosen) or {})
+    train(tmp_path / "a", held_out=0.01, steps=20, batch_size=2)
+    rounds = [tuple(studied[i : i + 5]) for i in range(0, 40, 5)]
+    assert len({frozenset(each) for each in rounds}) == 1
+    assert all(len(set(each)) == 5 for each in rounds)
+    assert len(set(rounds)) > 1
 
 
 def test_an_editor_says_where_it_comes_from(tmp_path):
