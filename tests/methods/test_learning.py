@@ -119,7 +119,7 @@ def test_each_round_goes_through_all_edits_in_an_order_of_its_own(monkeypatch, t
 
     studied = []
     monkeypatch.setattr(_HyperCourse, "study", lambda self, chosen: studied.extend(chosen) or {})
-    train(tmp_path / "a", held_out=0.01, steps=20, batch_size=2)
+    train(tmp_path / "a", held_out=0.01, steps=20, batch_size=2, patience=50)
     rounds = [tuple(studied[i : i + 5]) for i in range(0, 40, 5)]
     assert len({frozenset(each) for each in rounds}) == 1
     assert all(len(set(each)) == 5 for each in rounds)
