@@ -75,6 +75,37 @@ def test_portability_probes_are_in_scope_with_their_own_answers():
     ]
 
 
+def course_of(edits, **settings):
+    lm, method = tiny_lm(), create("serac", SETTINGS | settings)
+    config = method.resolve(lm)
+    return _SeracCourse(method.network(lm, config), lm, edits, config, silent)
+
+
+def test_the_same_question_asked_by_another_edit_is_not_out_of_scope():
+    rome, oslo, kyiv = places()[:3]
+    twin = rome.model_copy(update={"id": "twin", "target": "Iran"})
+    course = course_of([rome, twin, oslo, kyiv])
+    assert [[p.prompt for p in probes if "lies in" in p.prompt] for probes in course.beyond] == [
+        [oslo.prompt],
+        [oslo.prompt, kyiv.prompt],
+        [kyiv.prompt, rome.prompt],
+        [rome.prompt, twin.prompt],
+    ]
+
+
+def test_the_classifier_and_the_adapter_learn_at_rates_of_their_own():
+    course = course_of(places(), lr=0.25, adapter_lr=0.125)
+    network = course.network
+    rates = {
+        id(p): group["lr"]
+        for group in torch.optim.Adam(course.parameters(), lr=0.25).param_groups
+        for p in group["params"]
+    }
+    assert {rates.pop(id(p)) for p in (*network.u, *network.v)} == {0.125}
+    assert {rates.pop(id(p)) for p in (network.hidden, network.hidden_bias, network.out, network.out_bias)} == {0.25}
+    assert not rates
+
+
 def test_trained_it_routes_answers_and_leaves_the_model_alone(tmp_path):
     lm = tiny_lm()
     before = Snapshot.of(lm)
