@@ -7,6 +7,7 @@ from factpatch.edits import Edit
 from factpatch.errors import BadConfig, BadPatch
 from factpatch.lm.run import Batch, Places, logits_at
 from factpatch.methods import create
+from factpatch.methods.placing import spacing
 from factpatch.patches import Patch, WeightPatch
 from factpatch.patches.delta import LowRank
 from factpatch.patches.slices import SlicePatch
@@ -42,6 +43,14 @@ def nll(lm, edit):
     with torch.no_grad():
         rows = logits_at(lm, batch, Places.of([range(n - 1, ids.shape[1] - 1)], lm.device)).log_softmax(-1)
     return -rows.gather(1, ids[0, n:, None]).mean().item()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_new_clusters_radius_is_in_units_of_the_usual_distance_between_keys(seed):
+    lm = tiny_lm(seed=seed)
+    unit = spacing(lm, lm.anatomy.mlp_out(0), seed=0)
+    assert fit(lm, [ROME], radius=0.7).radii.item() == pytest.approx(0.7 * unit, rel=1e-5)
+    assert abs(unit - 1) > 0.05
 
 
 def test_clusters_are_added_split_and_widened():

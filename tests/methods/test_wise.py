@@ -7,7 +7,7 @@ import torch
 from transformers.activations import ACT2FN
 
 from factpatch.errors import BadPatch, WrongBase
-from factpatch.lm.run import Batch, input_of, output_of
+from factpatch.lm.run import Batch, input_of, output_of, predict
 from factpatch.methods import create
 from factpatch.methods.wise import WiseConfig, margin_loss, ties
 from factpatch.patches import Patch, WeightPatch
@@ -97,6 +97,20 @@ def test_a_prompt_is_routed_if_its_activation_reaches_the_least_and_else_stays_t
     assert (expected - before).abs().max() > 1e-2
 
 
+def test_a_target_shown_after_the_prompt_does_not_route():
+    lm, change = tiny_lm(), 3 * random_change(tiny_lm())
+    text = lm.tokens.encode("Rome lies in", "Peru and Chad and Cuba")
+    alone = activation_of(lm, change, "Rome lies in")
+    whole = activation_of(lm, change, "Rome lies in Peru and Chad and Cuba")
+    assert abs(alone - whole) > 1e-2 * alone
+    (plain_guess,) = predict(lm, [text])
+    with lm.patched(side(lm, change, 0.0)):
+        (changed,) = predict(lm, [text])
+    assert changed.logprobs != plain_guess.logprobs
+    with lm.patched(side(lm, change, (alone + whole) / 2, ratio=1.0)):
+        assert predict(lm, [text]) == [changed if alone > whole else plain_guess]
+
+
 def test_the_route_is_taken_at_the_prompt_and_kept_in_what_is_written_after():
     lm = tiny_lm()
     change, prompts = 3 * random_change(lm), ["Rome lies in", "Zurich is by a lake"]
@@ -128,6 +142,7 @@ def test_of_two_memories_that_a_prompt_reaches_the_more_active_acts():
 def test_patches_on_one_matrix_sum_in_a_memory_and_the_least_counts():
     lm = tiny_lm()
     one, two = random_change(lm), random_change(lm, seed=1)
+    assert memories([side(lm, one, 1.0), side(lm, two, 2.0)])[0].least == 1.0
     both = memories([side(lm, one, 2.0), side(lm, two, 1.0)])
     assert list(both) == [0]
     torch.testing.assert_close(both[0].change.full(), one + two)
