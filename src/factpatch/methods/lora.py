@@ -130,6 +130,13 @@ class AdaLora(_Adapter):
 
     name = "adalora"
     traits = replace(Lora.traits, paper="Zhang et al. 2023, arXiv 2303.10512")
+    presets = (
+        Preset(
+            (30, 576),
+            {"layers": (6, 7, 8, 9, 10, 11), "lr": 4e-3, "steps": 120, "stop_loss": 0.1},
+            "SmolLM2-135M, measured: docs/results/tuning/adalora-layers.md",
+        ),
+    )
 
     def peft_config(self, config: AdapterConfig, **common: Any) -> Any:
         """Ranks shrink between the first and the last tenth of the steps."""

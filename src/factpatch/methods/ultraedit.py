@@ -52,7 +52,11 @@ class UltraEdit(Method[UltraEditConfig]):
     )
 
     presets = (
-        Preset((30, 576), {"lr": 1e-4, "part": "out"}, "SmolLM2-135M, measured: docs/results/tuning/ultraedit.md"),
+        Preset(
+            (30, 576),
+            {"layers": (24, 25, 26, 27, 28, 29), "lr": 1e-3, "part": "out"},
+            "SmolLM2-135M, measured: docs/results/tuning/ultraedit-upper.md",
+        ),
     )
 
     def make(self, lm: LM, edits: tuple[Edit, ...], config: UltraEditConfig, progress: Progress) -> WeightPatch:
