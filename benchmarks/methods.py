@@ -5,10 +5,11 @@
         --data wiki_counterfact:../shared/knowedit/wiki_counterfact/train_cf.json \
         --data zsre:../shared/knowedit/ZsRE/ZsRE-test-all.json
 
-Each edit of each method is a row of the .jsonl file beside the page. A run that is stopped, or given more records, goes on
-where the rows end; a row counts only for the model, the settings and the protocols it was made with. A few records at a time
-all methods get their turn, so that every page compares them on the same records; the edits of one turn are made one by one
-and scored side by side. Methods that learn, or show examples, take records 100 to 199 of each file, which are never scored here.
+Each edit of each method is a row of the .jsonl file beside the page; `--timed 3` adds what so many edits cost, in a file of
+its own. A run that is stopped, or given more records, goes on where the rows end; a row counts only for the model, the
+settings and the protocols it was made with. A few records at a time all methods get their turn, so that every page compares
+them on the same records; the edits of one turn are made one by one and scored side by side. Methods that learn, or show
+examples, take records 100 to 199 of each file, which are never scored here.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from statistics import fmean
 from typing import Annotated, Any
 
 import psutil
+import torch
 import typer
 
 from factpatch.bench.singles import ABREAST
@@ -50,7 +52,7 @@ from factpatch.progress import Progress
 from factpatch.scoring import Scorer
 
 SCORES = ("edit_success", "rephrase", "portability", "locality", "fluency")
-COSTS = {"fit_seconds": "s to fit", "score_seconds": "s to score", "memory_mb": "MB to fit", "disk_kb": "KB on disk"}
+COSTS = {"seconds": "s to fit", "memory_mb": "MB to fit", "disk_kb": "KB on disk"}
 TITLES = {
     "open": "Open protocol: the model's own free answers",
     "survey": "Survey protocol: teacher-forced token agreement",
@@ -77,15 +79,13 @@ def main(
     limit: int = 50,
     methods: Annotated[str, typer.Option(help="some of them, separated by commas; default: all")] = "",
     minutes: Annotated[float, typer.Option(help="stop after so long; the next run goes on")] = float("inf"),
+    timed: Annotated[int, typer.Option(help="measure what so many edits cost instead; nothing else should run")] = 0,
     model: str = "smollm2-135m",
 ) -> None:
-    """Add the rows that are missing, and write the page anew after each record."""
+    """Add the rows that are missing, and write the page anew after each turn."""
     ends = time.monotonic() + 60 * minutes
     datasets = [read(spec, limit=limit) for spec in data]
-    kept = out.with_suffix(".jsonl")
-    rows: dict[str, Row] = (
-        {row["key"]: row for row in map(json.loads, kept.read_text().splitlines())} if kept.exists() else {}
-    )
+    scored, costs = Rows(out.with_suffix(".jsonl")), Rows(out.with_suffix(".costs.jsonl"))
     with progress() as report:
         lm = load(model, progress=report)
         scorer = Scorer(lm)
@@ -98,15 +98,36 @@ def main(
                     _key(lm, contender, dataset, edit, scorer): edit for edit in dataset.edits[start : start + ABREAST]
                 }
                 wanted += keys
-                missing = {key: edit for key, edit in keys.items() if key not in rows}
-                if not missing or time.monotonic() > ends:
+                missing = {key: edit for key, edit in keys.items() if key not in scored}
+                if timed or not missing or time.monotonic() > ends:
                     continue
                 report(f"Records from {start} on: {contender.method.name} on {dataset.name}", 0, None)
                 made = _rows(lm, contender, dataset, list(missing.values()), scorer)
-                rows |= {key: {"key": key} | row for key, row in zip(missing, made, strict=True)}
-                with kept.open("a", encoding="utf-8") as file:
-                    file.writelines(json.dumps(rows[key], ensure_ascii=False) + "\n" for key in missing)
-            _write(out, [rows[key] for key in wanted if key in rows], lm, datasets, contenders)
+                scored.add({key: {"key": key} | row for key, row in zip(missing, made, strict=True)})
+        for dataset, contender in itertools.product(datasets, contenders):
+            for edit in dataset.edits[:timed]:
+                report(f"Timing {contender.method.name} on {dataset.name}", 0, None)
+                key = _key(lm, contender, dataset, edit, scorer)
+                if key not in costs:
+                    costs.add({key: {"key": key} | _cost(lm, contender, dataset, edit)})
+        held = [scored[key] for key in wanted if key in scored]
+        _write(out, held, [costs[key] for key in wanted if key in costs], lm, datasets, contenders)
+
+
+class Rows(dict[str, Row]):
+    """Rows by key, and the file they are kept in."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+        if path.exists():
+            self.update((row["key"], row) for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()))
+
+    def add(self, rows: Mapping[str, Row]) -> None:
+        """Keep these too."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values())
+        self.update(rows)
 
 
 def _lessons(data: Sequence[str]) -> tuple[str, int]:
@@ -147,29 +168,35 @@ def _rows(lm: LM, contender: Contender, dataset: Dataset, edits: Sequence[Edit],
     rows: list[Row] = []
     patches: list[tuple[Row, Edit, Patch]] = []
     for edit in edits:
-        row: Row = {"method": contender.method.name, "data": dataset.name, "edit": edit.id}
-        rows.append(row)
-        started = time.perf_counter()
+        rows.append({"method": contender.method.name, "data": dataset.name, "edit": edit.id})
         try:
-            with _watching_memory() as grown:
-                patch = contender.method.fit(lm, [edit])
+            patches.append((rows[-1], edit, contender.method.fit(lm, [edit])))
         except (CannotEdit, TokenizerError) as error:
-            row["not_made"] = str(error).splitlines()[0]
-            continue
-        row |= {"fit_seconds": round(time.perf_counter() - started, 3), "memory_mb": round(grown[0] / 1e6, 1)}
-        with tempfile.TemporaryDirectory() as folder:
-            saved = patch.save(Path(folder) / "patch")
-            row["disk_kb"] = round(sum(file.stat().st_size for file in saved.iterdir()) / 1e3, 1)
-        patches.append((row, edit, patch))
+            rows[-1]["not_made"] = str(error).splitlines()[0]
     cards = scorer.score_each([edit for _, edit, _ in patches], [(patch,) for _, _, patch in patches])
     for (row, _, _), card in zip(patches, cards, strict=True):
-        row["score_seconds"] = card.score_seconds
         row["scores"] = {
             s.protocol: {name: getattr(s, name) for name in SCORES}
             | {f"{name}_before": getattr(s, f"{name}_before") for name in SCORES if name != "locality"}
             for s in card.summaries()
         }
     return rows
+
+
+def _cost(lm: LM, contender: Contender, dataset: Dataset, edit: Edit) -> Row:
+    """What it takes to make one edit."""
+    row: Row = {"method": contender.method.name, "data": dataset.name, "edit": edit.id}
+    started = time.perf_counter()
+    try:
+        with _watching_memory() as grown:
+            patch = contender.method.fit(lm, [edit])
+    except (CannotEdit, TokenizerError):
+        return row
+    row |= {"seconds": round(time.perf_counter() - started, 3), "memory_mb": round(grown[0] / 1e6, 1)}
+    with tempfile.TemporaryDirectory() as folder:
+        saved = patch.save(Path(folder) / "patch")
+        row["disk_kb"] = round(sum(file.stat().st_size for file in saved.iterdir()) / 1e3, 1)
+    return row
 
 
 @contextmanager
@@ -191,7 +218,14 @@ def _watching_memory() -> Iterator[list[int]]:
         watcher.join()
 
 
-def _write(out: Path, rows: list[Row], lm: LM, datasets: Sequence[Dataset], contenders: Sequence[Contender]) -> None:
+def _write(
+    out: Path,
+    rows: list[Row],
+    costs: list[Row],
+    lm: LM,
+    datasets: Sequence[Dataset],
+    contenders: Sequence[Contender],
+) -> None:
     who = "Every method" if len(contenders) == len(names()) else ", ".join(c.method.name for c in contenders)
     packages = ", ".join(f"{package} {version(package)}" for package in ("factpatch", "torch", "transformers"))
     lines = [
@@ -203,8 +237,7 @@ def _write(out: Path, rows: list[Row], lm: LM, datasets: Sequence[Dataset], cont
         f"    python benchmarks/methods.py {shlex.join(sys.argv[1:])}",
         "",
         "The first records of each file; `n` says how many were scored, and a refused edit is counted as not made. Fluency is in",
-        "bits. Seconds and memory are medians over edits on a shared two-core machine: they point, they do not prove. Memory",
-        "is how far the process grew while the patch was made. Settings that differ from the defaults stand at the end.",
+        "bits. Settings that differ from the defaults stand at the end.",
         "",
     ]
     for dataset in datasets:
@@ -212,10 +245,9 @@ def _write(out: Path, rows: list[Row], lm: LM, datasets: Sequence[Dataset], cont
         lines += [f"## {dataset.name}", "", f"`{dataset.path.name}`, SHA-256 {dataset.sha256[:16]}…", ""]
         for protocol, title in TITLES.items():
             lines += [f"### {title}", "", *_scores(protocol, own, contenders), ""]
-        lines += ["### Costs", "", *_costs(own, contenders), ""]
         beside = _beside(dataset, own)
         lines += ["### Beside what is published for the same model, survey protocol", "", *beside, ""] if beside else []
-    lines += ["## Settings", ""]
+    lines += [*_costs(costs, contenders), "## Settings", ""]
     lines += [f"- {c.method.name}: `{json.dumps(c.config)}`" for c in contenders if c.config]
     with whole_file(out) as draft:
         draft.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -239,22 +271,42 @@ def _scores(protocol: str, rows: list[Row], contenders: Sequence[Contender]) -> 
 
 
 def _costs(rows: list[Row], contenders: Sequence[Contender]) -> list[str]:
-    table = [f"| method | {' | '.join(COSTS.values())} |", "| --- |" + " ---: |" * len(COSTS)]
+    """What one edit takes, once what the method prepares is at hand: medians over those that were timed."""
+    made = [row for row in rows if "seconds" in row]
+    if not made:
+        return []
+    lines = [
+        "## What one edit takes",
+        "",
+        "Measured apart, with nothing else running; what a method prepares or trains beforehand is not in it. Memory is how far",
+        f"the process grew while the patch was made. Medians over the edits that were timed, on {psutil.cpu_count()} cores with",
+        f"{torch.get_num_threads()} threads. The last column is what is published for this model on a machine like ours.",
+        "",
+        f"| method | timed | {' | '.join(COSTS.values())} | published s |",
+        "| --- |" + " ---: |" * (2 + len(COSTS)),
+    ]
     for contender in contenders:
-        made = [row for row in rows if row["method"] == contender.method.name and "scores" in row]
-        values = [_median([row[name] for row in made]) for name in COSTS]
-        table.append(f"| {contender.method.name} | {' | '.join(number(value, 1) for value in values)} |")
-    return table
+        own = [row for row in made if row["method"] == contender.method.name]
+        values = " | ".join(number(_median([row[name] for row in own]), 1) for name in COSTS)
+        theirs = ", ".join(
+            f"{r['seconds']} ({r['dataset']})" for r in _published() if r["method"] == contender.method.name
+        )
+        lines.append(f"| {contender.method.name} | {len(own)} | {values} | {theirs or '–'} |")
+    return [*lines, ""]
+
+
+def _published() -> list[dict[str, str]]:
+    with PUBLISHED.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def _beside(dataset: Dataset, rows: list[Row]) -> list[str]:
     """Published rows for this model, each above ours on the same records; then every cell that falls behind."""
-    with PUBLISHED.open(newline="", encoding="utf-8") as file:
-        published = [row for row in csv.DictReader(file) if row["dataset"] == dataset.name]
+    published = [row for row in _published() if row["dataset"] == dataset.name]
     remarks = {
         (r["dataset"], r["method"], r["score"]): r["text"] for r in tomllib.loads(REMARKS.read_text()).get("remark", [])
     }
-    table = [f"| method | by | n | {' | '.join(map(_title, BESIDE))} | s to fit |", "| --- | --- |" + " ---: |" * 5]
+    table = [f"| method | by | n | {' | '.join(map(_title, BESIDE))} |", "| --- | --- |" + " ---: |" * 4]
     behind: list[str] = []
     for row in published:
         first = {edit.id for edit in dataset.edits[: int(row["records"])]}
@@ -264,9 +316,8 @@ def _beside(dataset: Dataset, rows: list[Row]) -> list[str]:
         scores = {name: _mean([r["scores"]["survey"] for r in own], name) for name in BESIDE}
         theirs = {name: float(row[name]) if row[name] else None for name in BESIDE}
         head = f"| {row['method']} |"
-        table.append(f"{head} {row['source']} | {row['records']} | {_cells(theirs.values())} | {row['seconds']} |")
-        seconds = number(_median([r["fit_seconds"] for r in own]), 1)
-        table.append(f"{head} factpatch | {len(own)} | {_cells(scores.values())} | {seconds} |")
+        table.append(f"{head} {row['source']} | {row['records']} | {_cells(theirs.values())} |")
+        table.append(f"{head} factpatch | {len(own)} | {_cells(scores.values())} |")
         for name in BESIDE:
             ours, other = scores[name], theirs[name]
             if ours is not None and other is not None and round(ours, 3) < other:

@@ -134,8 +134,8 @@ class Memit(_Spread[MemitConfig]):
     presets: ClassVar[tuple[Preset, ...]] = (
         Preset(
             (30, 576),
-            {"prior": 20.0, "steps": 60, "clamp": 8.0},
-            "SmolLM2-135M, measured: docs/results/tuning/memit.md",
+            {"prior": 20.0, "steps": 60, "contexts": 1},
+            "SmolLM2-135M, measured: docs/results/tuning/memit.md and memit-contexts.md",
         ),
         Preset(
             (48, 1600), {"layers": (13, 14, 15, 16, 17), "clamp": 0.75, "weight_decay": 0.5}, "GPT-2 XL in the release"

@@ -53,8 +53,8 @@ class EmmetConfig(RRomeConfig):
 _PRESETS = (
     Preset(
         (30, 576),
-        {"layer": 6, "steps": 60, "contexts": 5, "clamp": 8.0},
-        "SmolLM2-135M, measured: docs/results/tuning/rome.md",
+        {"layer": 6, "steps": 60, "contexts": 2, "clamp": 8.0},
+        "SmolLM2-135M, measured: docs/results/tuning/rome.md and rome-contexts.md",
     ),
     Preset((48, 1600), {"layer": 17, "weight_decay": 0.5}, "GPT-2 XL in the release of ROME (arXiv 2202.05262)"),
     Preset((28, 4096), {"layer": 5, "weight_decay": 0.5}, "GPT-J in the release of ROME (arXiv 2202.05262)"),
