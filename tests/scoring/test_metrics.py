@@ -8,9 +8,11 @@ from factpatch.scoring.metrics import (
     agreement,
     begins_with,
     contains,
+    exactly,
     fluency,
     ngram_entropy,
     normalise,
+    rouge1,
     same_answer,
     words,
 )
@@ -75,3 +77,23 @@ def test_fluency_weighs_two_and_three_grams_and_punishes_repetition():
     assert fluency(text) == pytest.approx(expected)
     assert fluency("so " * 50) == 0
     assert fluency("") == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "aliases", "exact", "recall"),
+    [
+        ("The Peru.", ["Chad", "Peru"], True, 1),
+        ("Peru, of course", ["Peru"], False, 1),
+        ("New York", ["New York City"], False, 2 / 3),
+        ("York York", ["New York New York"], False, 1 / 2),
+        ("York York York", ["New York"], False, 1 / 2),
+        ("a b", ["", "..."], False, 0),
+        ("", ["Peru"], False, 0),
+        ("", ["..."], False, 0),
+        ("Πάρος", ["ΠΆΡΟΣ"], True, 1),
+        ("anything", [], False, 0),
+    ],
+)
+def test_exact_answers_and_recall_of_words(answer, aliases, exact, recall):
+    assert exactly(answer, aliases) == exact
+    assert rouge1(answer, aliases) == pytest.approx(recall)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from factpatch.edits import Edit, Probe
+from factpatch.edits import Edit, LabelledProbe, Probe
 from factpatch.lm.hooks import reading
 from factpatch.methods import create
 from factpatch.scoring import PROTOCOLS, ProbeScore, Scorecard, Scorer
@@ -148,6 +148,39 @@ EDIT = Edit(id="e", prompt="Rome lies in", target="Peru", ground_truth=("Italy",
 )
 def test_open_answers_are_judged_as_documented(edit, said, score):
     assert PROTOCOLS["open"].correct(edit, next(edit.probes()), Seen(said), chat=False) == score
+
+
+KEPT = LabelledProbe("locality", "N", Probe(prompt="Oslo lies in", answers=("Norway",)))
+
+
+@pytest.mark.parametrize(
+    ("labelled", "before", "after", "measures"),
+    [
+        (next(EDIT.probes()), "Italy", "Peru, yes", {"exact": 0, "rouge1": 1}),
+        (next(EDIT.probes()), "Italy", "Peru", {"exact": 1, "rouge1": 1}),
+        (KEPT, "Norway.", "Norway, of course", {"truth_kept": 1}),
+        (KEPT, "Norway.", "Chad", {"truth_kept": 0}),
+        (KEPT, "Chad", "Norway", {}),
+    ],
+)
+def test_what_else_is_said_of_free_answers(labelled, before, after, measures):
+    assert PROTOCOLS["open"].measures(labelled, Seen(before), Seen(after), chat=False) == measures
+    assert PROTOCOLS["survey"].measures(labelled, Seen(before), Seen(after), chat=False) == {}
+
+
+def test_measures_are_on_the_card_and_averaged_as_scores_are(lm, patch):
+    free = [r for r in Scorer(lm, fluency=False).score(tiny_edits(), patch).scores if r.protocol == "open"]
+    assert all({"exact", "rouge1"} == set(r.measures) for r in free if r.role != "locality" and not r.unscored)
+    assert not any(r.measures for r in free if r.unscored)
+    card = card_of(
+        [
+            row("a", "edit", 1, measures={"exact": 1.0}), row("b", "edit", 0, measures={"exact": 0.0}),
+            row("a", "locality", 1, "N", measures={"truth_kept": 1.0}), row("a", "locality", 1, "N"),
+            row("a", "locality", 1, "R", measures={"truth_kept": 0.0}),
+            row("b", "locality", 0, "R", measures={"truth_kept": 0.0}), row("b", "locality", 0, "R"),
+        ]
+    )  # fmt: skip
+    assert card.summary("open").measures == {"edit/exact": 0.5, "locality/truth_kept": 0.25}
 
 
 def row(edit, role, after, kind="", **more):

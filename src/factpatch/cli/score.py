@@ -133,6 +133,8 @@ def _show(label: str, title: str, card: Scorecard | None, made: int) -> None:
         kinds = ", ".join(f"{kind} {number(value)}" for kind, value in summary.by_kind.items())
         probes = f"{summary.unscored} of {summary.scored + summary.unscored} probes unscored"
         line((f"{summary.protocol}: {kinds}; {probes}", "dim"))
+        if summary.measures:
+            line((", ".join(f"{name} {number(value)}" for name, value in summary.measures.items()), "dim"))
     if card.fit_seconds is not None:
         fit, asked = card.fit_seconds / made, card.score_seconds / made
         line((f"{fit:.1f} s to fit and {asked:.1f} s to score an edit", "dim"))

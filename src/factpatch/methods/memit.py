@@ -213,8 +213,8 @@ class AlphaEdit(_Spread[AlphaEditConfig]):
     presets = (
         Preset(
             (30, 576),
-            {"lr": 0.5, "weight_decay": 1e-3, "steps": 60, "clamp": 4.0},
-            "SmolLM2-135M, measured: docs/results/tuning/alphaedit.md",
+            {"lr": 0.5, "weight_decay": 1e-3, "steps": 60, "clamp": 4.0, "contexts": 1},
+            "SmolLM2-135M, measured: docs/results/tuning/alphaedit.md and alphaedit-contexts.md",
         ),
     )
 

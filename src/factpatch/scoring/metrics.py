@@ -8,7 +8,18 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
-__all__ = ["agreement", "begins_with", "contains", "fluency", "ngram_entropy", "normalise", "same_answer", "words"]
+__all__ = [
+    "agreement",
+    "begins_with",
+    "contains",
+    "exactly",
+    "fluency",
+    "ngram_entropy",
+    "normalise",
+    "rouge1",
+    "same_answer",
+    "words",
+]
 
 _WORD = re.compile(r"\w+|[^\w\s]")
 _ARTICLES = frozenset({"a", "an", "the"})
@@ -42,6 +53,22 @@ def contains(answer: str, aliases: Sequence[str]) -> bool:
     """Whether the answer, normalised, has an alias in it as a whole phrase."""
     said = f" {normalise(answer)} "
     return any(f" {alias} " in said for alias in map(normalise, aliases) if alias)
+
+
+def exactly(answer: str, aliases: Sequence[str]) -> bool:
+    """Whether the answer, normalised, is an alias and nothing more."""
+    said = normalise(answer)
+    return any(said == alias for alias in map(normalise, aliases) if alias)
+
+
+def rouge1(answer: str, aliases: Sequence[str]) -> float:
+    """ROUGE-1 recall: the share of an alias's words that the answer has, each as often; the best over aliases.
+
+    Lin 2004 (ACL W04-1013). On normalised words, without stemming. An alias without words does not count.
+    """
+    said = Counter(normalise(answer).split())
+    wanted = [Counter(alias.split()) for alias in map(normalise, aliases) if alias]
+    return max(((said & alias).total() / alias.total() for alias in wanted), default=0.0)
 
 
 def same_answer(one: str, other: str) -> bool:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 from factpatch.edits import Edit, LabelledProbe, Probe
 from factpatch.lm import LM, BaseLM
 from factpatch.lm.run import predict
-from factpatch.scoring.metrics import agreement, begins_with, contains, normalise, same_answer
+from factpatch.scoring.metrics import agreement, begins_with, contains, exactly, normalise, rouge1, same_answer
 
 __all__ = ["PROTOCOLS", "Protocol", "ProtocolName", "Seen"]
 
@@ -60,12 +60,19 @@ class Protocol(ABC):
     def unchanged(self, before: Seen, after: Seen) -> float:
         """How far a locality probe is answered as before the edit, right or wrong, from 0 to 1."""
 
+    def measures(self, labelled: LabelledProbe, before: Seen, after: Seen, *, chat: bool) -> dict[str, float]:  # noqa: ARG002
+        """What else there is to say of the answer after the edit, by name, each from 0 to 1."""
+        return {}
+
 
 class OpenProtocol(Protocol):
     """Free greedy answers of at most 64 tokens.
 
     A completion counts if the answer begins with an alias, an answer to a question if it has one in it, in whole words
     after normalisation. An erased fact counts if the refusal is there and the secret is not. Locality: the same answer.
+
+    Beside it `exact` (an alias and nothing more) and `rouge1` (the share of an alias's words); for locality `truth_kept`,
+    over the probes that were answered rightly before, since an answer may change and stay true, or stay and be false.
     """
 
     name = "open"
@@ -89,9 +96,7 @@ class OpenProtocol(Protocol):
 
     def correct(self, edit: Edit, labelled: LabelledProbe, seen: Seen, *, chat: bool) -> float:
         """1 or 0."""
-        probe = labelled.probe
-        is_question = chat or probe.prompt.endswith("?")
-        found = (contains if is_question else begins_with)(seen.text, probe.answers)
+        found = _says(labelled.probe, seen, chat=chat)
         if edit.kind == "erase" and labelled.role in {"edit", "rephrase"}:
             found = found and not contains(seen.text, edit.ground_truth)
         return float(found)
@@ -99,6 +104,18 @@ class OpenProtocol(Protocol):
     def unchanged(self, before: Seen, after: Seen) -> float:
         """1 or 0."""
         return float(same_answer(before.text, after.text))
+
+    def measures(self, labelled: LabelledProbe, before: Seen, after: Seen, *, chat: bool) -> dict[str, float]:
+        """`exact` and `rouge1`, or `truth_kept`."""
+        probe = labelled.probe
+        if labelled.role == "locality":
+            return {"truth_kept": float(_says(probe, after, chat=chat))} if _says(probe, before, chat=chat) else {}
+        return {"exact": float(exactly(after.text, probe.answers)), "rouge1": rouge1(after.text, probe.answers)}
+
+
+def _says(probe: Probe, seen: Seen, *, chat: bool) -> bool:
+    is_question = chat or probe.prompt.endswith("?")
+    return (contains if is_question else begins_with)(seen.text, probe.answers)
 
 
 class SurveyProtocol(Protocol):

@@ -14,7 +14,8 @@ from factpatch.scoring.protocols import ProtocolName
 __all__ = ["ProbeScore", "Scorecard", "Summary"]
 
 ScoreRole = Role | Literal["fluency"]
-When = Literal["before", "after"]
+Value = Callable[["ProbeScore"], float | None]
+"""A number of one probe."""
 
 
 class ProbeScore(BaseModel):
@@ -22,6 +23,7 @@ class ProbeScore(BaseModel):
 
     before, after    from 0 to 1, of fluency bits; None if it could not be scored, and `unscored` says why. Locality
                      compares two moments, so it has no `before`.
+    measures         what else the protocol says of the answer after the edit, by name
     said_before/_after  what the model gave
     """
 
@@ -35,6 +37,7 @@ class ProbeScore(BaseModel):
     answers: tuple[str, ...] = ()
     before: float | None = None
     after: float | None = None
+    measures: dict[str, float] = {}
     said_before: str = ""
     said_after: str = ""
     unscored: str = ""
@@ -48,6 +51,7 @@ class Summary(BaseModel):
     fluency                 bits; the survey prints it times 100
     *_before                the same for the unedited model
     by_kind                 `portability/<kind>` and `locality/<kind>`, mean over edits that have the kind
+    measures                `<role>/<name>`: the protocol's other measures, averaged as the scores are
     scored, unscored        probes that count, and probes that do not
     """
 
@@ -66,6 +70,7 @@ class Summary(BaseModel):
     portability_before: float | None
     fluency_before: float | None
     by_kind: dict[str, float]
+    measures: dict[str, float]
     scored: int
     unscored: int
 
@@ -96,15 +101,16 @@ class Scorecard(BaseModel):
             "portability": "portability",
             "fluency": "fluency",
         }
-        after = {name: _overall(rows, role, "after") for name, role in roles.items()}
-        before = {f"{name}_before": _overall(rows, role, "before") for name, role in roles.items()}
+        after = {name: _overall(rows, role, _after) for name, role in roles.items()}
+        before = {f"{name}_before": _overall(rows, role, _before) for name, role in roles.items()}
         unscored = sum(bool(row.unscored) for row in rows)
         return Summary(
             protocol=protocol,
             protocol_version=self.versions[protocol],
             edits=len({row.edit for row in rows}),
-            locality=_overall(rows, "locality", "after"),
+            locality=_overall(rows, "locality", _after),
             by_kind=_by_kind(rows),
+            measures=_measures(rows),
             scored=sum(row.role != "fluency" for row in rows) - unscored,
             unscored=unscored,
             **after,
@@ -153,19 +159,27 @@ def _grouped(rows: Iterable[ProbeScore], key: Callable[[ProbeScore], str]) -> di
     return groups
 
 
-def _mean(rows: Iterable[ProbeScore], when: When) -> float | None:
-    values = [value for row in rows if (value := getattr(row, when)) is not None]
+def _after(row: ProbeScore) -> float | None:
+    return row.after
+
+
+def _before(row: ProbeScore) -> float | None:
+    return row.before
+
+
+def _mean(rows: Iterable[ProbeScore], value: Value) -> float | None:
+    values = [found for row in rows if (found := value(row)) is not None]
     return fmean(values) if values else None
 
 
-def _overall(rows: Iterable[ProbeScore], role: str, when: When) -> float | None:
+def _overall(rows: Iterable[ProbeScore], role: str, value: Value) -> float | None:
     """Mean over the probes of a kind, over the kinds of an edit, over the edits that have any."""
     per_edit = []
     for of_edit in _grouped((row for row in rows if row.role == role), lambda row: row.edit).values():
         kinds = [
             mean
             for group in _grouped(of_edit, lambda row: row.kind).values()
-            if (mean := _mean(group, when)) is not None
+            if (mean := _mean(group, value)) is not None
         ]
         if kinds:
             per_edit.append(fmean(kinds))
@@ -174,5 +188,15 @@ def _overall(rows: Iterable[ProbeScore], role: str, when: When) -> float | None:
 
 def _by_kind(rows: Iterable[ProbeScore]) -> dict[str, float]:
     kinds = _grouped((row for row in rows if row.kind), lambda row: f"{row.role}/{row.kind}")
-    means = {name: _overall(group, group[0].role, "after") for name, group in sorted(kinds.items())}
+    means = {name: _overall(group, group[0].role, _after) for name, group in sorted(kinds.items())}
+    return {name: mean for name, mean in means.items() if mean is not None}
+
+
+def _measures(rows: Iterable[ProbeScore]) -> dict[str, float]:
+    rows = list(rows)
+    names = sorted({(row.role, name) for row in rows for name in row.measures})
+    means = {
+        f"{role}/{name}": _overall(rows, role, lambda row, name=name: row.measures.get(name))  # type: ignore[misc]
+        for role, name in names
+    }
     return {name: mean for name, mean in means.items() if mean is not None}

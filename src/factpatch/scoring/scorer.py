@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from factpatch.edits import Edit, LabelledProbe, Probe
 from factpatch.errors import BadConfig
@@ -189,11 +190,12 @@ class Scorer:
         row = ProbeScore(protocol=name, edit=edit.id, role=role, kind=kind, prompt=probe.prompt, answers=probe.answers)
         if before is None or after is None:
             return row.model_copy(update={"unscored": "the data set gives no answer to compare with"})
-        said = {"said_before": before.text, "said_after": after.text}
+        said: dict[str, Any] = {"said_before": before.text, "said_after": after.text}
+        if role != "locality" and (reason := protocol.cannot_judge(edit, labelled)):
+            return row.model_copy(update=said | {"unscored": reason})
+        said["measures"] = protocol.measures(labelled, before, after, chat=self.chat)
         if role == "locality":
             return row.model_copy(update=said | {"after": protocol.unchanged(before, after)})
-        if reason := protocol.cannot_judge(edit, labelled):
-            return row.model_copy(update=said | {"unscored": reason})
         scores = {
             "before": protocol.correct(edit, labelled, before, chat=self.chat),
             "after": protocol.correct(edit, labelled, after, chat=self.chat),
