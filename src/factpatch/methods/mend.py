@@ -23,7 +23,7 @@ from factpatch.edits import Edit, Probe
 from factpatch.lm import LM
 from factpatch.lm.anatomy import Projection
 from factpatch.lm.hooks import replacing_output
-from factpatch.methods.base import Layers, Traits, in_own_order
+from factpatch.methods.base import Layers, Preset, Traits, in_own_order
 from factpatch.methods.gradients import Gradients, gradients
 from factpatch.methods.hypernetwork import HyperNetwork
 from factpatch.methods.insertion import insert
@@ -54,6 +54,7 @@ class MalmenConfig(HyperConfig):
 
 class _Hyper(Learned[HyperConfig]):
     config_type = HyperConfig
+    presets = (Preset((30, 576), {"success": 1.0}, "SmolLM2-135M, measured with MEND: docs/results/tuning/mend.md"),)
 
     def make(self, lm: LM, edits: tuple[Edit, ...], config: HyperConfig, progress: Progress) -> WeightPatch:
         """One backward pass, and the network's answer to it."""
