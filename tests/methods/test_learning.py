@@ -201,6 +201,29 @@ def test_without_an_editor_one_is_trained_once_and_kept(tmp_path, monkeypatch):
         create("mend", quick | {"lr": 0.5}).fit(tiny_lm(), tiny_edits()[:1])
 
 
+def test_without_an_editor_a_training_that_was_killed_is_gone_on_with(tmp_path, monkeypatch):
+    from factpatch.methods.mend import _HyperCourse
+
+    study, calls = _HyperCourse.study, []
+
+    def dies(self, chosen):
+        calls.append(chosen)
+        if len(calls) == 4:
+            raise Killed
+        return study(self, chosen)
+
+    method = create("mend", SETTINGS | {"steps": 4, "batch_size": 1})
+    monkeypatch.setenv("FACTPATCH_CACHE", str(tmp_path / "whole"))
+    whole = method.fit(tiny_lm(), tiny_edits()[:1])
+    monkeypatch.setenv("FACTPATCH_CACHE", str(tmp_path / "killed"))
+    monkeypatch.setattr(_HyperCourse, "study", dies)
+    with pytest.raises(Killed):
+        method.fit(tiny_lm(), tiny_edits()[:1])
+    assert method.fit(tiny_lm(), tiny_edits()[:1]).id == whole.id
+    assert len(calls) == 4 + 2, "the steps after the look at step 2 again"
+    assert not list((tmp_path / "killed" / "training").iterdir())
+
+
 def test_it_is_trained_on_the_base_model_whatever_lies_on_it(tmp_path):
     lm = tiny_lm()
     patch = create("ft-m", {"layer": 2, "steps": 3}).fit(lm, tiny_edits()[:1])

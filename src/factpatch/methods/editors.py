@@ -25,7 +25,7 @@ from factpatch.files import make_folder, sha256_of, whole_file
 from factpatch.lm import LM
 from factpatch.lm.cache import save_tensors
 
-__all__ = ["Editor", "Record", "Training"]
+__all__ = ["Editor", "Record", "Training", "is_editor"]
 
 _AGAIN = "Copy the whole folder again from where it was made, or train the editor again: factpatch train"
 _FORMAT = 1
@@ -100,7 +100,7 @@ class Editor:
         """Read a saved editor. Raises BadEditor naming what is wrong with the folder."""
         path = Path(folder)
         head = path / _EDITOR
-        if not head.is_file():
+        if not is_editor(path):
             unfinished = (path / _TRAINING).is_file()
             what = "its training has not ended" if unfinished else f"not an editor; expected a folder with {_EDITOR}"
             then = "Run the same factpatch train again; it goes on." if unfinished else "Make one: factpatch train"
@@ -117,6 +117,11 @@ class Editor:
         if damaged:
             raise BadEditor(f"{path / _TENSORS}: damaged, or of another version of factpatch.\n  {_AGAIN}")
         return cls(about, tensors, path)
+
+
+def is_editor(folder: Path) -> bool:
+    """Whether a finished editor is there."""
+    return (folder / _EDITOR).is_file()
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +144,7 @@ class Training:
         """
         if folder is None:
             return None
-        if (folder / _EDITOR).exists():
+        if is_editor(folder):
             raise BadEditor(f"{folder}: holds a trained editor already.\n  Name another folder, or remove this one.")
         path = make_folder(folder) / _TRAINING
         if not path.exists():

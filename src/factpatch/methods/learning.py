@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,10 +22,11 @@ from torch import Tensor, nn
 from factpatch.data import read
 from factpatch.edits import Edit
 from factpatch.errors import BadConfig, CannotEdit
+from factpatch.files import cache_root
 from factpatch.lm import LM
 from factpatch.lm.cache import cached_tensors
 from factpatch.methods.base import Config, Method
-from factpatch.methods.editors import Editor, Training
+from factpatch.methods.editors import Editor, Training, is_editor
 from factpatch.progress import Progress, silent
 
 __all__ = ["Course", "Learned", "LearnedConfig", "Look"]
@@ -149,7 +151,18 @@ class Learned(Method[L], ABC, Generic[L]):
             "edits": _hash_of(edits),
         }
         usable = [edit for edit in edits if edit.kind in self.traits.kinds]
-        return cached_tensors("editors", key, lambda: dict(self.train(lm, usable, progress=progress).tensors))
+        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+        folder = cache_root() / "training" / name
+
+        def compute() -> dict[str, Tensor]:
+            # In a folder, so that a training that is killed is gone on with.
+            finished = is_editor(folder)
+            editor = Editor.load(folder) if finished else self.train(lm, usable, folder=folder, progress=progress)
+            return dict(editor.tensors)
+
+        tensors = cached_tensors("editors", key, compute)
+        shutil.rmtree(folder, ignore_errors=True)
+        return tensors
 
 
 def _hash_of(edits: Sequence[Edit]) -> str:
