@@ -8,12 +8,9 @@ from factpatch.errors import OutputError
 from factpatch.methods import create
 from factpatch.scoring import Scorer
 from factpatch.testing import Snapshot, tiny_edits, tiny_lm
+from tests.cards import rows
 
 SETTINGS = {"layer": 1, "steps": 30, "lr": 1e-2}
-
-
-def rows(card):
-    return [row.model_dump() for row in card.scores]
 
 
 @pytest.fixture

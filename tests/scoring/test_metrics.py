@@ -1,6 +1,9 @@
 """The measures against plain definitions."""
 
+import math
+
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -8,6 +11,7 @@ from factpatch.scoring.metrics import (
     agreement,
     begins_with,
     contains,
+    divergence,
     exactly,
     fluency,
     ngram_entropy,
@@ -87,6 +91,7 @@ def test_fluency_weighs_two_and_three_grams_and_punishes_repetition():
         ("New York", ["New York City"], False, 2 / 3),
         ("York York", ["New York New York"], False, 1 / 2),
         ("York York York", ["New York"], False, 1 / 2),
+        ("New New York", ["New New Delhi"], False, 2 / 3),
         ("a b", ["", "..."], False, 0),
         ("", ["Peru"], False, 0),
         ("", ["..."], False, 0),
@@ -97,3 +102,14 @@ def test_fluency_weighs_two_and_three_grams_and_punishes_repetition():
 def test_exact_answers_and_recall_of_words(answer, aliases, exact, recall):
     assert exactly(answer, aliases) == exact
     assert rouge1(answer, aliases) == pytest.approx(recall)
+
+
+def test_divergence_is_that_of_kullback_and_leibler():
+    one, other = torch.tensor([0.5, 0.25, 0.25, 0.0]), torch.tensor([0.25, 0.5, 0.125, 0.125])
+    expected = 0.5 * math.log(2) + 0.25 * math.log(0.5) + 0.25 * math.log(2)
+    assert divergence(one.log(), other.log()) == pytest.approx(expected, rel=1e-5)
+    assert divergence(one.log(), one.log()) == 0
+    assert divergence(other.log(), one.log()) == math.inf
+    drawn = torch.randn(2, 50, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    plain_kl = torch.nn.functional.kl_div(drawn[1], drawn[0], log_target=True, reduction="sum")
+    assert divergence(drawn[0], drawn[1]) == pytest.approx(float(plain_kl), rel=1e-5)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from factpatch.edits import Edit, LabelledProbe, Probe
 from factpatch.lm.hooks import reading
+from factpatch.lm.run import Batch, Places, logits_at
 from factpatch.methods import create
 from factpatch.scoring import PROTOCOLS, ProbeScore, Scorecard, Scorer
 from factpatch.scoring.protocols import Seen
@@ -166,6 +167,31 @@ KEPT = LabelledProbe("locality", "N", Probe(prompt="Oslo lies in", answers=("Nor
 def test_what_else_is_said_of_free_answers(labelled, before, after, measures):
     assert PROTOCOLS["open"].measures(labelled, Seen(before), Seen(after), chat=False) == measures
     assert PROTOCOLS["survey"].measures(labelled, Seen(before), Seen(after), chat=False) == {}
+
+
+def test_the_divergence_is_of_what_is_predicted_after_the_prompt(lm, patch):
+    edits = tiny_edits()
+    kept = [probe for edit in edits for group in edit.locality.values() for probe in group]
+
+    def predicted():
+        batches = [Batch.of([lm.tokens.encode(probe.prompt).ids], lm.device) for probe in kept]
+        return [logits_at(lm, b, Places.of([[b.ids.shape[1] - 1]], lm.device))[0].log_softmax(-1) for b in batches]
+
+    with torch.no_grad():
+        before = predicted()
+        with lm.patched(patch):
+            after = predicted()
+    expected = [float((b.exp() * (b - a)).sum()) for b, a in zip(before, after, strict=True)]
+    assert min(expected) > 1e-4
+    # The scorer has been asked one of these probes before, when it was not to be compared.
+    known = Scorer(lm, fluency=False)
+    known.baseline([edits[0].model_copy(update={"locality": {}, "portability": {"R": tuple(kept)}})])
+    for scorer in (Scorer(lm, fluency=False, protocols=["open"]), known):
+        for card in (scorer.score(edits, patch), Scorecard.join(scorer.score_each(edits, [(patch,), (patch,)]))):
+            found = [r.measures["kl"] for r in card.scores if r.role == "locality" and r.protocol == "open"]
+            assert found == pytest.approx(expected, rel=1e-2, abs=1e-6)
+    unedited = Scorer(lm, fluency=False).score(edits)
+    assert {r.measures["kl"] for r in unedited.scores if "kl" in r.measures} == {0.0}
 
 
 def test_measures_are_on_the_card_and_averaged_as_scores_are(lm, patch):

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from factpatch.lm.anatomy import find_anatomy
 from factpatch.lm.base import Attachable, BaseLM
 from factpatch.lm.lanes import Lane, laid
-from factpatch.lm.run import generate
+from factpatch.lm.run import Chooser, generate, greedy
 from factpatch.lm.sentences import first_sentence, has_ended
 from factpatch.lm.tokens import Encoded, Tokens
 
@@ -133,16 +133,24 @@ class LM(BaseLM):
         ]
 
     def answer(
-        self, prompts: Sequence[str], *, chat: bool = False, max_new: int = 64, lanes: Sequence[int] | None = None
+        self,
+        prompts: Sequence[str],
+        *,
+        chat: bool = False,
+        max_new: int = 64,
+        lanes: Sequence[int] | None = None,
+        choose: Chooser = greedy,
     ) -> list[str]:
-        """What the model says by itself: greedy, until it ends, a new line or the end of a sentence.
+        """What the model says by itself, until it ends, a new line or the end of a sentence.
 
-        lanes  which lane each prompt is for, inside `side_by_side`
+        lanes   which lane each prompt is for, inside `side_by_side`
+        choose  picks each token; the most likely one by default
         """
         written = generate(
             self,
             [text.ids for text in self.encode(prompts, chat=chat, lanes=lanes)],
             max_new=max_new,
+            choose=choose,
             stop=lambda ids: has_ended(self.tokens.decode(ids)),
             end=self.end_tokens,
             lanes=lanes,

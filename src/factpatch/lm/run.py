@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -25,6 +25,8 @@ from factpatch.lm.tokens import Encoded
 
 __all__ = [
     "Batch",
+    "Chooser",
+    "Noting",
     "Pass",
     "Places",
     "Prediction",
@@ -342,12 +344,33 @@ Row = tuple[int | None, tuple[int, ...]]
 class Chooser(Protocol):
     """Picks the next token of each row from its logits; `rows` tells whose they are."""
 
-    def __call__(self, logits: Float[Tensor, "batch vocab"], rows: Sequence[Row]) -> Tensor: ...
+    def __call__(self, logits: Float[Tensor, "batch vocab"], rows: Sequence[Row]) -> Tensor:
+        """One token for each row."""
+        ...
 
 
 def greedy(logits: Float[Tensor, "batch vocab"], rows: Sequence[Row]) -> Tensor:  # noqa: ARG001
     """The most likely token."""
     return logits.argmax(-1)
+
+
+class Noting:
+    """The most likely token; of some rows it notes what was predicted right after the prompt.
+
+    first  by row: log-probabilities of the first token, in nats; float32 on the CPU
+    """
+
+    def __init__(self, rows: Collection[Row]) -> None:
+        self._wanted = frozenset(rows)
+        self.first: dict[Row, Float[Tensor, " vocab"]] = {}
+
+    def __call__(self, logits: Float[Tensor, "batch vocab"], rows: Sequence[Row]) -> Tensor:
+        """As `greedy`."""
+        new = [i for i, row in enumerate(rows) if row in self._wanted and row not in self.first]
+        if new:
+            logprobs = logits[new].float().log_softmax(-1).cpu()
+            self.first |= {rows[i]: own for i, own in zip(new, logprobs.unbind(), strict=True)}
+        return greedy(logits, rows)
 
 
 class Sampler:

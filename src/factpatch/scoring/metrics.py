@@ -8,10 +8,15 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
 __all__ = [
     "agreement",
     "begins_with",
     "contains",
+    "divergence",
     "exactly",
     "fluency",
     "ngram_entropy",
@@ -74,6 +79,13 @@ def rouge1(answer: str, aliases: Sequence[str]) -> float:
 def same_answer(one: str, other: str) -> bool:
     """Whether two answers are the same once normalised."""
     return normalise(one) == normalise(other)
+
+
+def divergence(before: Float[Tensor, " vocab"], after: Float[Tensor, " vocab"]) -> float:
+    """KL(before || after) of two distributions given by their log-probabilities, in nats, not negative."""
+    possible = before > -torch.inf
+    before, after = before[possible], after[possible]
+    return max(0.0, float((before.exp() * (before - after)).sum()))
 
 
 def words(text: str) -> list[str]:

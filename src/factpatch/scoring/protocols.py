@@ -9,14 +9,26 @@ Each has a version; a number is comparable only with numbers of the same protoco
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
+
+from jaxtyping import Float
+from torch import Tensor
 
 from factpatch.edits import Edit, LabelledProbe, Probe
 from factpatch.lm import LM, BaseLM
-from factpatch.lm.run import predict
-from factpatch.scoring.metrics import agreement, begins_with, contains, exactly, normalise, rouge1, same_answer
+from factpatch.lm.run import Noting, predict
+from factpatch.scoring.metrics import (
+    agreement,
+    begins_with,
+    contains,
+    divergence,
+    exactly,
+    normalise,
+    rouge1,
+    same_answer,
+)
 
 __all__ = ["PROTOCOLS", "Protocol", "ProtocolName", "Seen"]
 
@@ -25,11 +37,17 @@ ProtocolName = Literal["open", "survey"]
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What the model did with one probe: the text it gave, and under teacher forcing its tokens beside the target's."""
+    """What the model did with one probe.
+
+    text            that it gave
+    tokens, target  its tokens beside the target's, under teacher forcing
+    first           of a free answer: log-probabilities of the first token, in nats, where they were asked for
+    """
 
     text: str
     tokens: tuple[int, ...] = ()
     target: tuple[int, ...] = ()
+    first: Float[Tensor, " vocab"] | None = field(default=None, compare=False)
 
 
 class Protocol(ABC):
@@ -41,11 +59,18 @@ class Protocol(ABC):
 
     @abstractmethod
     def observe(
-        self, lm: Any, probes: Sequence[Probe], *, chat: bool, lanes: Sequence[int] | None = None
+        self,
+        lm: Any,
+        probes: Sequence[Probe],
+        *,
+        chat: bool,
+        lanes: Sequence[int] | None = None,
+        compared: Collection[Probe] = (),
     ) -> list[Seen | None]:
         """What the model does with each probe; None where the probe cannot be asked in this protocol.
 
-        lanes  which lane each probe is for, inside `LM.side_by_side`
+        lanes     which lane each probe is for, inside `LM.side_by_side`
+        compared  probes whose answers will be compared with another model's in every measure there is
         """
 
     def cannot_judge(self, edit: Edit, labelled: LabelledProbe) -> str:  # noqa: ARG002
@@ -61,7 +86,7 @@ class Protocol(ABC):
         """How far a locality probe is answered as before the edit, right or wrong, from 0 to 1."""
 
     def measures(self, labelled: LabelledProbe, before: Seen, after: Seen, *, chat: bool) -> dict[str, float]:  # noqa: ARG002
-        """What else there is to say of the answer after the edit, by name, each from 0 to 1."""
+        """What else there is to say of the answer after the edit, by name."""
         return {}
 
 
@@ -71,20 +96,32 @@ class OpenProtocol(Protocol):
     A completion counts if the answer begins with an alias, an answer to a question if it has one in it, in whole words
     after normalisation. An erased fact counts if the refusal is there and the secret is not. Locality: the same answer.
 
-    Beside it `exact` (an alias and nothing more) and `rouge1` (the share of an alias's words); for locality `truth_kept`,
-    over the probes that were answered rightly before, since an answer may change and stay true, or stay and be false.
+    Beside it `exact` (an alias and nothing more) and `rouge1` (the share of an alias's words). For locality `truth_kept`, over
+    the probes that were answered rightly before, since an answer may change and stay true, or stay and be false; and `kl`,
+    the divergence of what is predicted right after the prompt, before || after, in nats, of a model in hand.
     """
 
     name = "open"
     version = 2
 
     def observe(
-        self, lm: BaseLM, probes: Sequence[Probe], *, chat: bool, lanes: Sequence[int] | None = None
+        self,
+        lm: BaseLM,
+        probes: Sequence[Probe],
+        *,
+        chat: bool,
+        lanes: Sequence[int] | None = None,
+        compared: Collection[Probe] = (),
     ) -> list[Seen | None]:
         """Let the model answer."""
         prompts = [probe.prompt for probe in probes]
-        said = lm.answer(prompts, chat=chat, lanes=lanes) if isinstance(lm, LM) else lm.answer(prompts, chat=chat)
-        return [Seen(text) for text in said]
+        if not isinstance(lm, LM):
+            return [Seen(text) for text in lm.answer(prompts, chat=chat)]
+        texts = lm.encode(prompts, chat=chat, lanes=lanes)
+        rows = [(text.lane, text.ids) for text in texts]
+        noting = Noting([row for row, probe in zip(rows, probes, strict=True) if probe in compared])
+        said = lm.answer(prompts, chat=chat, lanes=lanes, choose=noting)
+        return [Seen(text, first=noting.first.get(row)) for text, row in zip(said, rows, strict=True)]
 
     def cannot_judge(self, edit: Edit, labelled: LabelledProbe) -> str:
         """Also where no alias has a letter or digit left, and where a manner of speaking is wanted."""
@@ -106,10 +143,14 @@ class OpenProtocol(Protocol):
         return float(same_answer(before.text, after.text))
 
     def measures(self, labelled: LabelledProbe, before: Seen, after: Seen, *, chat: bool) -> dict[str, float]:
-        """`exact` and `rouge1`, or `truth_kept`."""
+        """`exact` and `rouge1`, or `truth_kept` and `kl`."""
         probe = labelled.probe
         if labelled.role == "locality":
-            return {"truth_kept": float(_says(probe, after, chat=chat))} if _says(probe, before, chat=chat) else {}
+            was_true = probe.answers and _says(probe, before, chat=chat)
+            kept = {"truth_kept": float(_says(probe, after, chat=chat))} if was_true else {}
+            if before.first is None or after.first is None:
+                return kept
+            return kept | {"kl": divergence(before.first, after.first)}
         return {"exact": float(exactly(after.text, probe.answers)), "rouge1": rouge1(after.text, probe.answers)}
 
 
@@ -130,7 +171,13 @@ class SurveyProtocol(Protocol):
     needs_weights = True
 
     def observe(
-        self, lm: LM, probes: Sequence[Probe], *, chat: bool, lanes: Sequence[int] | None = None
+        self,
+        lm: LM,
+        probes: Sequence[Probe],
+        *,
+        chat: bool,
+        lanes: Sequence[int] | None = None,
+        compared: Collection[Probe] = (),  # noqa: ARG002
     ) -> list[Seen | None]:
         """Show the model each answer and read its guesses; a probe without answers cannot be asked."""
         places = [i for i, probe in enumerate(probes) if probe.answers]

@@ -6,7 +6,7 @@ It is blind to how a patch was made. The unpatched model is asked each probe onc
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,11 +67,12 @@ class Scorer:
 
     def baseline(self, edits: Sequence[Edit], progress: Progress = silent) -> None:
         """Ask the unpatched model whatever of these edits' probes it was not asked yet."""
-        probes = [p for p in _probes(edits) if (self.protocols[0].name, p) not in self._base.asked]
+        compared = _compared(edits)
+        probes = [probe for probe in _probes(edits) if not self._known(probe, in_full=probe in compared)]
         prompts = [edit.prompt for edit in edits if self.fluency and edit.prompt not in self._base.written]
         if probes or prompts:
             with self.lm.unpatched():
-                (new,) = self._ask([probes], [prompts], "Asking the unedited model", progress)
+                (new,) = self._ask([probes], [prompts], compared, "Asking the unedited model", progress)
             self._base.asked |= new.asked
             self._base.written |= new.written
 
@@ -86,7 +87,8 @@ class Scorer:
         self.baseline(edits, progress)
         based = time.perf_counter()
         with self.lm.patched(*patches):
-            (now,) = self._ask([_probes(edits)], [[edit.prompt for edit in edits]], "Asking the edited model", progress)
+            prompts = [edit.prompt for edit in edits]
+            (now,) = self._ask([_probes(edits)], [prompts], _compared(edits), "Asking the edited model", progress)
         return self._card(edits, now, time.perf_counter() - based, based - started)
 
     def score_each(
@@ -108,12 +110,21 @@ class Scorer:
             asked = self._ask(
                 [_probes([edit]) for edit in edits],
                 [[edit.prompt] for edit in edits],
+                _compared(edits),
                 "Asking edited models",
                 progress,
                 lanes=True,
             )
         share, base_share = (time.perf_counter() - based) / len(edits), (based - started) / len(edits)
         return [self._card([edit], own, share, base_share) for edit, own in zip(edits, asked, strict=True)]
+
+    def _known(self, probe: Probe, *, in_full: bool) -> bool:
+        """Whether the unpatched model was asked this probe, and if it is compared, also for what else that takes."""
+        first = self.protocols[0].name
+        if (first, probe) not in self._base.asked:
+            return False
+        seen = self._base.asked.get(("open", probe))
+        return not in_full or seen is None or seen.first is not None or not isinstance(self.lm, LM)
 
     def _card(self, edits: Sequence[Edit], now: _Answers, seconds: float, baseline_seconds: float) -> Scorecard:
         return Scorecard(
@@ -128,6 +139,7 @@ class Scorer:
         self,
         probes: Sequence[Sequence[Probe]],
         prompts: Sequence[Sequence[str]],
+        compared: Collection[Probe],
         doing: str,
         progress: Progress,
         *,
@@ -140,7 +152,8 @@ class Scorer:
         steps = len(self.protocols) + 1
         for step, protocol in enumerate(self.protocols):
             progress(doing, step, steps)
-            seen = protocol.observe(self.lm, [probe for _, probe in asked], chat=self.chat, lanes=own)
+            group = [probe for _, probe in asked]
+            seen = protocol.observe(self.lm, group, chat=self.chat, lanes=own, compared=compared)
             for (i, probe), one in zip(asked, seen, strict=True):
                 answers[i].asked[protocol.name, probe] = one
         progress(doing, steps - 1, steps)
@@ -201,6 +214,11 @@ class Scorer:
             "after": protocol.correct(edit, labelled, after, chat=self.chat),
         }
         return row.model_copy(update=said | scores)
+
+
+def _compared(edits: Sequence[Edit]) -> frozenset[Probe]:
+    """The probes that are compared with what the unpatched model did."""
+    return frozenset(labelled.probe for edit in edits for labelled in edit.probes() if labelled.role == "locality")
 
 
 def _probes(edits: Sequence[Edit]) -> list[Probe]:
