@@ -20,7 +20,7 @@ from factpatch.lm import LM
 from factpatch.lm.anatomy import Projection
 from factpatch.lm.hooks import reading, replacing_input
 from factpatch.lm.run import Batch, Places, UpperRun, by_rows, can_resume, logits_at
-from factpatch.methods.base import Config, Layers, Method, Traits
+from factpatch.methods.base import Config, Layers, Method, Preset, Traits
 from factpatch.methods.keys import context_prefixes
 from factpatch.patches import LowRank, WeightPatch
 from factpatch.progress import Progress, part, silent
@@ -62,6 +62,9 @@ class Kn(Method[KnConfig]):
         patch=WeightPatch,
         kinds=frozenset({"insert", "modify", "erase"}),
         needs="MLP output projection",
+    )
+    presets = (
+        Preset((30, 576), {"threshold": 0.1, "amplify": 1.0}, "SmolLM2-135M, measured: docs/results/tuning/kn.md"),
     )
 
     def make(self, lm: LM, edits: tuple[Edit, ...], config: KnConfig, progress: Progress) -> WeightPatch:
