@@ -258,9 +258,9 @@ def _scores(protocol: str, rows: list[Row], contenders: Sequence[Contender]) -> 
         f"| method | n | {' | '.join(map(_title, SCORES))} |",
         "| --- |" + " ---: |" * (1 + len(SCORES)),
     ]
-    first = [row["scores"][protocol] for row in rows if "scores" in row and row["method"] == contenders[0].method.name]
-    before = [_mean(first, f"{name}_before") for name in SCORES]
-    table.append(f"| unedited | {len(first)} | {' | '.join(number(value) for value in before)} |")
+    unedited = {row["edit"]: row["scores"][protocol] for row in rows if "scores" in row}
+    before = [_mean(list(unedited.values()), f"{name}_before") for name in SCORES]
+    table.append(f"| unedited | {len(unedited)} | {' | '.join(number(value) for value in before)} |")
     for contender in contenders:
         own = [row for row in rows if row["method"] == contender.method.name]
         made = [row["scores"][protocol] for row in own if "scores" in row]
