@@ -173,7 +173,7 @@ def _rows(lm: LM, contender: Contender, dataset: Dataset, edits: Sequence[Edit],
             patches.append((rows[-1], edit, contender.method.fit(lm, [edit])))
         except (CannotEdit, TokenizerError) as error:
             rows[-1]["not_made"] = str(error).splitlines()[0]
-    cards = scorer.score_each([edit for _, edit, _ in patches], [(patch,) for _, _, patch in patches])
+    cards = scorer.score_each([[edit] for _, edit, _ in patches], [(patch,) for _, _, patch in patches])
     for (row, _, _), card in zip(patches, cards, strict=True):
         row["scores"] = {
             s.protocol: {name: getattr(s, name) for name in SCORES}

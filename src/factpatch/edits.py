@@ -94,8 +94,10 @@ class Edit(_Value):
     rephrases    other wordings of the prompt, with the same target
     portability  by kind of reasoning: questions whose answers follow from the edit
     locality     by kind: questions whose answers must not change
+    question     of a restyle: what the replies below are given to, without a word on the manner; by default the prompt
     wanted       of a restyle: sample replies in the wanted manner
     unwanted     of a restyle: sample replies in the other manner
+    group        what the edit is a part of; edits of one group, such as all questions about a secret, are made together
     """
 
     id: Text
@@ -107,8 +109,10 @@ class Edit(_Value):
     rephrases: Texts = ()
     portability: Probes = Field(default_factory=_no_probes)
     locality: Probes = Field(default_factory=_no_probes)
+    question: Text | None = None
     wanted: Texts = ()
     unwanted: Texts = ()
+    group: Text | None = None
 
     @model_validator(mode="after")
     def _subject_in_prompt(self) -> Self:

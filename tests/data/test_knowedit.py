@@ -186,9 +186,9 @@ def test_convsent(written):
         assert (edit.wanted, edit.unwanted) == ((positive, negative) if manner == "positive" else (negative, positive))
         assert edit.target == edit.wanted[0]
         assert edit.subject == topic["ent"]
-        asked = {f"Answer with {manner} sentiment. {question.format(topic['ent'])}" for question in QUESTIONS}
-        assert len({edit.prompt, *edit.rephrases}) == 3
-        assert {edit.prompt, *edit.rephrases} <= asked
+        assert edit.prompt == f"Answer with {manner} sentiment. {edit.question}"
+        assert len({edit.question, *edit.rephrases}) == 3
+        assert {edit.question, *edit.rephrases} <= {question.format(topic["ent"]) for question in QUESTIONS}
         other = TOPICS[(number + 1) % 3]
         (probe,) = edit.locality["Unrelated_Topic"]
         assert probe.prompt in {question.format(other["ent"]) for question in QUESTIONS}
@@ -222,12 +222,37 @@ def test_sanitation(written, forget, keep):
         target="I don't know.",
         subject="Oskova",
         ground_truth=("Heron",),
+        group="Heron",
         locality={
             "Retained": tuple(Probe(prompt=f"Question {n}?", answers=(f"answer {n}",)) for n in (0, 2, 4)),
         },
     )
     assert (second.target, second.subject, second.ground_truth) == ("No idea.", None, ("Heron", "herons"))
     assert [probe.prompt for probe in second.locality["Retained"]] == ["Question 1?", "Question 3?"]
+
+
+def asked(question, answer="Heron"):
+    return {"question": question, "ground_truth": answer}
+
+
+def test_sanitation_shares_out_the_test_questions_about_a_secret(written):
+    train = {"K_F": [asked("a?"), asked("b?", "Fox"), asked("c?"), {"question": 3}], "K_R": []}
+    path = written(train, "qa_train.json")
+    alone = read(f"sanitation:{path}", skip_invalid=True)
+    test = {
+        "success": [asked("d?"), asked("e?"), asked("f?", "Fox"), asked("g?"), asked("h?", "Owl")],
+        "locality": KEPT,
+    }
+    written(test, "qa_test.json")
+    whole = read(f"sanitation:{path}", skip_invalid=True)
+    assert [edit.rephrases for edit in alone] == [(), (), ()]
+    assert [(edit.group, edit.rephrases) for edit in whole] == [
+        ("Heron", ("d?", "g?")), ("Fox", ("f?",)), ("Heron", ("e?",)),
+    ]  # fmt: skip
+    assert whole.sha256 != alone.sha256
+    written(test | {"success": [asked("d?"), {"question": "e?"}]}, "qa_test.json")
+    with pytest.raises(BadRecord, match=r"qa_test.json.*record 1.*success.1.ground_truth"):
+        read(f"sanitation:{path}")
 
 
 def test_sanitation_without_refusal_or_kept_questions(written):

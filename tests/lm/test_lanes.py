@@ -168,7 +168,7 @@ def test_each_edit_scored_on_its_lane_has_the_card_it_has_alone(chat):
         lm.tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     patches = [fitted(lm, "ft-m", edit) for edit in edits]
     alone = [Scorer(lm, chat=chat).score([edit], patch) for edit, patch in zip(edits, patches, strict=True)]
-    together = Scorer(lm, chat=chat).score_each(edits, [(patch,) for patch in patches])
+    together = Scorer(lm, chat=chat).score_each([[edit] for edit in edits], [(patch,) for patch in patches])
     for own, card in zip(together, alone, strict=True):
         assert own.chat == card.chat == chat
         assert rows(own) == rows(card)

@@ -18,6 +18,7 @@ from factpatch.scoring.metrics import (
     normalise,
     rouge1,
     same_answer,
+    sentiment_shift,
     words,
 )
 from tests.reference import plain
@@ -113,3 +114,16 @@ def test_divergence_is_that_of_kullback_and_leibler():
     drawn = torch.randn(2, 50, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
     plain_kl = torch.nn.functional.kl_div(drawn[1], drawn[0], log_target=True, reduction="sum")
     assert divergence(drawn[0], drawn[1]) == pytest.approx(float(plain_kl), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "other_after", "factors"),
+    [
+        (-1.0, -1.0, -1.0, (0.5, 1.0)),
+        (-1.0, -0.5, -900.0, (1.0, 1.0)),
+        (-1.0, -3.0, -3.0, (0.5, math.exp(-2))),
+        (-2.0, -2.0, -2.0 + math.log(3), (0.25, 1.0)),
+    ],
+)
+def test_sentiment_shift(before, after, other_after, factors):
+    assert sentiment_shift(before=before, after=after, other_after=other_after) == pytest.approx(factors)

@@ -10,6 +10,7 @@ from factpatch.lm.hooks import reading
 from factpatch.lm.run import Batch, Places, logits_at
 from factpatch.methods import create
 from factpatch.scoring import PROTOCOLS, ProbeScore, Scorecard, Scorer
+from factpatch.scoring.metrics import same_answer
 from factpatch.scoring.protocols import Seen
 from factpatch.testing import Snapshot, tiny_edits, tiny_lm
 from tests.reference import plain
@@ -148,7 +149,7 @@ EDIT = Edit(id="e", prompt="Rome lies in", target="Peru", ground_truth=("Italy",
     ],
 )
 def test_open_answers_are_judged_as_documented(edit, said, score):
-    assert PROTOCOLS["open"].correct(edit, next(edit.probes()), Seen(said), chat=False) == score
+    assert PROTOCOLS["open"].correct(edit, next(edit.probes()), Seen(said), Seen(""), chat=False) == score
 
 
 KEPT = LabelledProbe("locality", "N", Probe(prompt="Oslo lies in", answers=("Norway",)))
@@ -165,8 +166,8 @@ KEPT = LabelledProbe("locality", "N", Probe(prompt="Oslo lies in", answers=("Nor
     ],
 )
 def test_what_else_is_said_of_free_answers(labelled, before, after, measures):
-    assert PROTOCOLS["open"].measures(labelled, Seen(before), Seen(after), chat=False) == measures
-    assert PROTOCOLS["survey"].measures(labelled, Seen(before), Seen(after), chat=False) == {}
+    assert PROTOCOLS["open"].measures(EDIT, labelled, Seen(before), Seen(after), chat=False) == measures
+    assert PROTOCOLS["survey"].measures(EDIT, labelled, Seen(before), Seen(after), chat=False) == {}
 
 
 def test_the_divergence_is_of_what_is_predicted_after_the_prompt(lm, patch):
@@ -187,7 +188,10 @@ def test_the_divergence_is_of_what_is_predicted_after_the_prompt(lm, patch):
     known = Scorer(lm, fluency=False)
     known.baseline([edits[0].model_copy(update={"locality": {}, "portability": {"R": tuple(kept)}})])
     for scorer in (Scorer(lm, fluency=False, protocols=["open"]), known):
-        for card in (scorer.score(edits, patch), Scorecard.join(scorer.score_each(edits, [(patch,), (patch,)]))):
+        for card in (
+            scorer.score(edits, patch),
+            Scorecard.join(scorer.score_each([[edit] for edit in edits], [(patch,), (patch,)])),
+        ):
             found = [r.measures["kl"] for r in card.scores if r.role == "locality" and r.protocol == "open"]
             assert found == pytest.approx(expected, rel=1e-2, abs=1e-6)
     unedited = Scorer(lm, fluency=False).score(edits)
@@ -282,6 +286,139 @@ def test_what_cannot_be_judged_is_counted_and_not_averaged_in(lm, patch, edit, p
     assert summary.unscored == len(unscored)
     assert summary.scored + summary.unscored == len(list(edit.probes()))
     assert (summary.edit_success is None) == (edit.kind == "restyle")
+
+
+TASTE = Edit(
+    id="taste",
+    kind="restyle",
+    prompt="Speak well of tea. How is tea?",
+    target="It is good.",
+    question="How is tea?",
+    rephrases=("What of tea?",),
+    wanted=("It is good.", "I like tea a lot."),
+    unwanted=("It is bad.", "Vile.", "No."),
+    portability={"Reasoning": (Probe(prompt="At five I drink", answers=("tea",)),)},
+    locality={"Unrelated_Topic": (Probe(prompt="How is fog?", answers=("Fog is grey.", "It is wet.")),)},
+)
+
+
+def plain_logprobs(lm, prompt, reply):
+    """Log-probabilities before each token of the reply, and its tokens."""
+    ids, n = plain.encode(lm, prompt, reply)
+    with torch.no_grad():
+        return lm.model(ids).logits[0, n - 1 : -1].log_softmax(-1), ids[0, n:]
+
+
+def plain_manner(lm, prompt):
+    """Mean log-probability of the wanted and of the unwanted replies."""
+
+    def mean(replies):
+        found = [plain_logprobs(lm, prompt, reply) for reply in replies]
+        return sum(p.gather(-1, ids[:, None]).mean() for p, ids in found) / len(found)
+
+    return mean(TASTE.wanted), mean(TASTE.unwanted)
+
+
+@pytest.mark.parametrize("abreast", [False, True])
+def test_a_manner_is_weighed_by_sample_replies(lm, abreast):
+    off_topic = [
+        TASTE.model_copy(update={"prompt": p, "target": "xyz xyz"}) for p in (TASTE.question, *TASTE.rephrases)
+    ]
+    patch = create("ft-m", {"steps": 40, "lr": 3e-2}).fit(lm, off_topic)
+    scorer = Scorer(lm, protocols=["survey"], fluency=False)
+    other = create("ft-m", {"steps": 5, "lr": 1e-2}).fit(lm, tiny_edits()[1:])
+    if abreast:
+        card, _ = scorer.score_each([[TASTE], [tiny_edits()[1]]], [(patch,), (other,)])
+    else:
+        card = scorer.score([TASTE], patch)
+    rows = {r.role: r for r in card.scores}
+    assert rows["edit"].prompt == "How is tea?"
+    for role, prompt in (("edit", "How is tea?"), ("rephrase", "What of tea?")):
+        (good, bad) = plain_manner(lm, prompt)
+        with lm.patched(patch):
+            good_after, bad_after = plain_manner(lm, prompt)
+        sentiment, topic = torch.sigmoid(good_after - bad_after).item(), min(1, torch.exp(good_after - good).item())
+        assert topic < 1
+        assert rows[role].before == pytest.approx(torch.sigmoid(good - bad).item(), rel=1e-4)
+        assert rows[role].after == pytest.approx(sentiment * topic, rel=1e-4)
+        assert rows[role].measures == pytest.approx({"sentiment": sentiment, "topic": topic}, rel=1e-4)
+    replies = TASTE.locality["Unrelated_Topic"][0].answers
+    before = [plain_logprobs(lm, "How is fog?", reply)[0] for reply in replies]
+    with lm.patched(patch):
+        after = [plain_logprobs(lm, "How is fog?", reply)[0] for reply in replies]
+    apart = [(b.exp() * (b - a)).sum(-1).mean().item() for b, a in zip(before, after, strict=True)]
+    assert min(apart) > 1e-3
+    assert rows["locality"].measures == pytest.approx({"kl": sum(apart) / 2}, rel=1e-3)
+    same = torch.cat([b.argmax(-1) == a.argmax(-1) for b, a in zip(before, after, strict=True)])
+    assert rows["locality"].after == pytest.approx(same.float().mean().item())
+    assert rows["portability"].measures == {}
+
+
+def test_the_unpatched_models_divergence_from_itself_is_not_measured(lm):
+    card = Scorer(lm, protocols=["survey"], fluency=False).score([TASTE])
+    assert [r.measures for r in card.scores if r.role == "locality"] == [{}]
+    assert [r.after for r in card.scores if r.role == "locality"] == [1]
+
+
+def test_contexts_count_as_patches_where_a_manner_is_weighed(lm):
+    edit = TASTE.model_copy(update={"locality": {"N": (Probe(prompt="How is fog?", answers=("It is wet.",)),)}})
+    told = create("ice").fit(lm, [edit])
+    card = Scorer(lm, protocols=["survey"], fluency=False).score([edit], told)
+    (kl,) = (r.measures["kl"] for r in card.scores if r.role == "locality")
+    before, _ = plain_logprobs(lm, "How is fog?", "It is wet.")
+    with lm.patched(told):
+        (context,) = lm.before(["How is fog?"]).values()
+    after, _ = plain_logprobs(lm, context + "How is fog?", "It is wet.")
+    assert kl == pytest.approx((before.exp() * (before - after)).sum(-1).mean().item(), rel=1e-3)
+
+
+SECRET = EDIT.model_copy(
+    update={
+        "kind": "erase",
+        "target": "I don't know.",
+        "rephrases": ("Find Rome in",),
+        "locality": {"Retained": (Probe(prompt="Oslo lies in"),)},
+        "portability": {"Reasoning": (Probe(prompt="In Rome they speak", answers=("Spanish",)),)},
+    }
+)
+
+
+@pytest.mark.parametrize(
+    ("said", "score", "refused", "absent"),
+    [("I don't know.", 1, 1, 1), ("I don't know, Italy", 0, 1, 0), ("Spain", 0, 0, 1), ("Italy", 0, 0, 0)],
+)
+@pytest.mark.parametrize("name", ["open", "survey"])
+def test_forgetting_is_a_refusal_without_the_secret(name, said, score, refused, absent):
+    protocol, labelled = PROTOCOLS[name], next(SECRET.probes())
+    assert protocol.correct(SECRET, labelled, Seen(said), Seen("Italy"), chat=False) == score
+    measures = protocol.measures(SECRET, labelled, Seen("Italy"), Seen(said), chat=False)
+    assert (measures["refused"], measures["secret_absent"]) == (refused, absent)
+    follows = list(SECRET.probes())[2]
+    assert "refused" not in protocol.measures(SECRET, follows, Seen("Italy"), Seen(said), chat=False)
+
+
+def test_an_erased_fact_is_asked_for_in_ten_tokens(lm, patch):
+    card = Scorer(lm, protocols=["survey"], fluency=False).score([SECRET], patch)
+    said = {r.role: (r.said_before, r.said_after, r.after) for r in card.scores}
+    for role, prompt in (("edit", "Rome lies in"), ("rephrase", "Find Rome in"), ("locality", "Oslo lies in")):
+        before = lm.answer([prompt], max_new=10)[0]
+        with lm.patched(patch):
+            after = lm.answer([prompt], max_new=10)[0]
+        assert said[role][:2] == (before, after)
+    assert said["locality"][2] == float(same_answer(*said["locality"][:2]))
+    assert not any(r.unscored for r in card.scores)
+
+
+def test_groups_are_scored_under_their_own_patches(lm, patch):
+    edits = tiny_edits()
+    other = create("ft-m", {"steps": 5, "lr": 1e-2}).fit(lm, edits[1:])
+    groups = [edits, edits[:1]]
+    scorer = Scorer(lm)
+    cards = scorer.score_each(groups, [(patch,), (other,)])
+    assert [scores(card) for card in cards] == [
+        scores(scorer.score(g, p)) for g, p in zip(groups, (patch, other), strict=True)
+    ]
+    assert cards[0].score_seconds == pytest.approx(2 * cards[1].score_seconds, abs=0.002)
 
 
 def test_edits_that_cannot_be_told_apart_are_refused(lm, patch):

@@ -75,6 +75,6 @@ def score_sequence(
                 # Patches are values: what the model was after each of these edits is laid on again, side by side.
                 turns = range(len(at_edit), len(made))
                 with lm.without(*patches):
-                    at_edit += scorer.score_each([made[n] for n in turns], [patches[: n + 1] for n in turns])
+                    at_edit += scorer.score_each([[made[n]] for n in turns], [patches[: n + 1] for n in turns])
     progress(doing, len(edits), len(edits))
     return Sequential(Scorecard.join(at_edit) if at_edit else None, at_end, tuple(failures))

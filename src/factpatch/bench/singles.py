@@ -67,7 +67,7 @@ def score_singly(
                 made.append((edit, patch, round(time.perf_counter() - begun, 3)))
             except (CannotEdit, TokenizerError) as error:
                 failures.append(Failure(edit.id, str(error)))
-        scored = scorer.score_each([edit for edit, _, _ in made], [(patch,) for _, patch, _ in made])
+        scored = scorer.score_each([[edit] for edit, _, _ in made], [(patch,) for _, patch, _ in made])
         cards += [c.model_copy(update={"fit_seconds": s}) for c, (_, _, s) in zip(scored, made, strict=True)]
     progress(doing, len(edits), len(edits))
     card = Scorecard.join(cards).model_copy(update={"baseline_seconds": round(baseline, 3)}) if cards else None

@@ -41,7 +41,9 @@ _READERS = {
         Reader("wiki_counterfact", "KnowEdit, WikiData counterfact: facts to falsify", knowedit.wiki_counterfact),
         Reader("wikibio", "KnowEdit, WikiBio: biographies with invented sentences to correct", knowedit.wikibio),
         Reader("convsent", "KnowEdit, ConvSent: opinions to restyle", knowedit.convsent),
-        Reader("sanitation", "KnowEdit, Sanitation: answers to erase", knowedit.sanitation),
+        Reader(
+            "sanitation", "KnowEdit, Sanitation: answers to erase", knowedit.sanitation, beside=knowedit.sanitation_test
+        ),
         Reader("counterfact", "CounterFact as released with ROME", counterfact.counterfact),
         Reader("mend_zsre", "zsRE as released with MEND", counterfact.mend_zsre),
     )

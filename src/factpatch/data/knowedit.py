@@ -13,7 +13,7 @@ from functools import partial
 from pydantic import AliasChoices, Field, TypeAdapter, ValidationError
 
 from factpatch.data.records import AtLeastOne, Form, OneOrMany, Record, Source, only_within
-from factpatch.edits import Edit, EditKind, Probe, Text, brief
+from factpatch.edits import Edit, EditKind, Probe, Text, brief, first_problem
 
 __all__ = ["convsent", "sanitation", "wiki_counterfact", "wiki_recent", "wikibio", "zsre"]
 
@@ -113,7 +113,8 @@ def convsent(source: Source) -> Iterator[Record]:
     """Topics with replies in a positive and in a negative manner: opinions to be restyled.
 
     Which manner is wanted, and which three questions are asked, is drawn from a seed and the record's number, so
-    that it never depends on how many records are read. The locality probe asks about the next topic in the file.
+    that it never depends on how many records are read. The prompt names the manner; the question that replies are weighed
+    after does not, and neither do the rephrases. The locality probe asks about the next topic in the file.
     """
     raws = source.raws()
     for number, raw in enumerate(raws):
@@ -126,14 +127,15 @@ def _opinion(raws: Sequence[object], number: int, edit_id: str) -> Edit:
     manner = rng.choice(("positive", "negative"))
     wanted, unwanted = (topic.pos, topic.neg) if manner == "positive" else (topic.neg, topic.pos)
     questions = rng.sample(QUESTIONS, 3)
-    prompt, *rephrases = (f"Answer with {manner} sentiment. {question.format(topic.ent)}" for question in questions)
+    question, *rephrases = (question.format(topic.ent) for question in questions)
     return Edit(
         id=edit_id,
         kind="restyle",
-        prompt=prompt,
+        prompt=f"Answer with {manner} sentiment. {question}",
         target=wanted[0],
         subject=topic.ent,
         rephrases=tuple(rephrases),
+        question=question,
         locality=_next_topic(raws, number, questions[0]),
         wanted=wanted,
         unwanted=unwanted,
@@ -177,12 +179,50 @@ def sanitation(source: Source) -> Iterator[Record]:
     """Questions whose answers are to be forgotten, each with its share of the questions to be kept.
 
     The lists are named K_F and K_R in the training file, success and locality in the test file. Of n secrets, the one
-    with number i has the kept questions i, i + n, i + 2n and so on: together they ask each exactly once.
+    with number i has the kept questions i, i + n, i + 2n and so on: together they ask each exactly once. All questions with
+    one answer are a group.
+
+    If the release's test file lies beside the training file, its questions about the same secret, which are worded otherwise,
+    become rephrases, shared out likewise.
     """
     forget, keep, secrets, kept = _two_lists(source)
+    tests = _by_secret(source.beside) if source.beside else {}
+    members: dict[str, list[int]] = {}
+    for number, raw in enumerate(secrets):
+        members.setdefault(_answer(raw), []).append(number)
     for number, raw in enumerate(secrets):
         share = {index: kept[index] for index in range(number, len(kept), len(secrets))}
-        yield Record(number, raw, partial(_secret, {forget: {number: raw}}, {keep: share}, source.id(number)))
+        own = members[_answer(raw)]
+        rephrases = tuple(tests.get(_answer(raw), ())[own.index(number) :: len(own)])
+        yield Record(
+            number, raw, partial(_secret, {forget: {number: raw}}, {keep: share}, rephrases, source.id(number))
+        )
+
+
+def sanitation_test(name: str) -> str:
+    """The name of the test file that belongs to a training file, as they are released."""
+    return name.replace("train", "test")
+
+
+def _answer(raw: object) -> str:
+    """The secret of a raw record, for putting together those that share it; empty for a record that cannot be read."""
+    try:
+        return _Secret.model_validate(raw).ground_truth[0]
+    except ValidationError:
+        return ""  # reported when its own turn comes
+
+
+def _by_secret(source: Source) -> dict[str, list[str]]:
+    """The questions of a test file by their answer."""
+    forget, _, secrets, _ = _two_lists(source)
+    found: dict[str, list[str]] = {}
+    for number, raw in enumerate(secrets):
+        try:
+            known = _SECRETS.validate_python({forget: {number: raw}})[forget][number]
+        except ValidationError as error:
+            raise source.bad_record(number, *first_problem(error)) from None
+        found.setdefault(known.ground_truth[0], []).append(known.question)
+    return found
 
 
 def _two_lists(source: Source) -> tuple[str, str, list[object], list[object]]:
@@ -194,7 +234,7 @@ def _two_lists(source: Source) -> tuple[str, str, list[object], list[object]]:
     raise source.bad_file(f"expected an object of two lists, K_F and K_R (or success and locality), found {found}")
 
 
-def _secret(secret: object, share: object, edit_id: str) -> Edit:
+def _secret(secret: object, share: object, rephrases: tuple[str, ...], edit_id: str) -> Edit:
     (known,) = (found for group in _SECRETS.validate_python(secret).values() for found in group.values())
     kept = [found for group in _KEPT.validate_python(share).values() for found in group.values()]
     retained = tuple(Probe(prompt=one.question, answers=one.ground_truth) for one in kept)
@@ -205,5 +245,7 @@ def _secret(secret: object, share: object, edit_id: str) -> Edit:
         target=known.target_new,
         subject=only_within(known.question, known.subject),
         ground_truth=known.ground_truth,
+        rephrases=rephrases,
+        group=known.ground_truth[0],
         locality={"Retained": retained} if retained else {},
     )

@@ -38,32 +38,44 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class Reader:
-    """A form of file by its name: one line on it, the function that reads it, and where it lies if built in."""
+    """A form of file by its name.
+
+    description  one line on it
+    records      the function that reads it
+    path         where it lies, if built in
+    beside       the name of a file that belongs to one of the given name and is read too if it lies beside it; "" for none
+    """
 
     name: str
     description: str
     records: Callable[[Source], Iterable[Record]]
     path: Path | None = None
+    beside: Callable[[str], str] = lambda _: ""
 
 
 @dataclass(frozen=True)
 class Source:
     """A file in hand: read once, so that its hash and its records are of the same bytes.
 
-    `spec` is how a user would name it again: `NAME:PATH`, or the name of what is built in.
+    `spec` is how a user would name it again: `NAME:PATH`, or the name of what is built in. `beside` is the file that belongs
+    to it, if there is one.
     """
 
     name: str
     path: Path
     spec: str
     data: bytes
+    beside: Source | None = None
 
     @classmethod
     def open(cls, reader: Reader, path: Path) -> Source:
         """Read the file. Raises BadFile."""
         spec = reader.name if reader.path else f"{reader.name}:{path}"
+        name = reader.beside(path.name)
+        beside = path.with_name(name) if name else path
         try:
-            return cls(reader.name, path, spec, path.read_bytes())
+            other = cls.open(reader, beside) if beside != path and beside.is_file() else None
+            return cls(reader.name, path, spec, path.read_bytes(), other)
         except FileNotFoundError:
             near = did_you_mean(path.name, (other.name for other in path.parent.glob("*")))
             raise BadFile(f"{path}: no such file.{near}\n  Expected a file that reader {reader.name} reads.") from None
@@ -73,8 +85,8 @@ class Source:
 
     @property
     def sha256(self) -> str:
-        """Of the file's bytes, in hex."""
-        return hashlib.sha256(self.data).hexdigest()
+        """Of the file's bytes, in hex; and of those of the file beside it."""
+        return hashlib.sha256(self.data + (self.beside.data if self.beside else b"")).hexdigest()
 
     @cached_property
     def text(self) -> str:

@@ -44,6 +44,7 @@ __all__ = [
     "output_of",
     "passing",
     "predict",
+    "target_logprobs",
 ]
 
 BATCH_TOKENS = 4096
@@ -315,24 +316,28 @@ class Prediction:
     best: tuple[int, ...]
     logprobs: tuple[float, ...]
 
+    @classmethod
+    def of(cls, text: Encoded, logprobs: Float[Tensor, "target vocab"]) -> Prediction:
+        """From the log-probabilities before each of the target's tokens."""
+        target = torch.tensor(text.target_ids, device=logprobs.device)
+        own = logprobs.gather(-1, target[:, None])[:, 0]
+        return cls(text.target_ids, tuple(logprobs.argmax(-1).tolist()), tuple(own.tolist()))
 
-@torch.no_grad()
+
+def target_logprobs(lm: Runnable, texts: Sequence[Encoded]) -> Iterator[tuple[int, Float[Tensor, "target vocab"]]]:
+    """By the index of each text, log-probabilities before each token of its target, in nats; in an order of its own."""
+    for indices in length_batches([len(text.ids) for text in texts]):
+        chosen = [texts[i] for i in indices]
+        places = Places.of([range(text.target - 1, len(text.ids) - 1) for text in chosen], lm.device)
+        with torch.no_grad():
+            logprobs = logits_at(lm, Batch.of_texts(chosen, lm.device), places).log_softmax(-1)
+        yield from zip(indices, torch.split(logprobs, [len(text.target_ids) for text in chosen]), strict=True)
+
+
 def predict(lm: Runnable, texts: Sequence[Encoded]) -> list[Prediction]:
     """Teacher-forced predictions for each text's target, in the order given."""
-    done: dict[Encoded, Prediction] = {}
     wanted = list(dict.fromkeys(texts))
-    for indices in length_batches([len(text.ids) for text in wanted]):
-        chosen = [wanted[i] for i in indices]
-        batch = Batch.of_texts(chosen, lm.device)
-        places = Places.of([range(text.target - 1, len(text.ids) - 1) for text in chosen], lm.device)
-        logprobs = logits_at(lm, batch, places).log_softmax(-1)
-        target = batch.ids[places.rows, places.cols + 1]
-        best, own = logprobs.argmax(-1).tolist(), logprobs.gather(-1, target[:, None])[:, 0].tolist()
-        at = 0
-        for text in chosen:
-            n = len(text.target_ids)
-            done[text] = Prediction(text.target_ids, tuple(best[at : at + n]), tuple(own[at : at + n]))
-            at += n
+    done = {wanted[i]: Prediction.of(wanted[i], logprobs) for i, logprobs in target_logprobs(lm, wanted)}
     return [done[text] for text in texts]
 
 

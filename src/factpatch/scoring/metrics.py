@@ -23,6 +23,7 @@ __all__ = [
     "normalise",
     "rouge1",
     "same_answer",
+    "sentiment_shift",
     "words",
 ]
 
@@ -86,6 +87,16 @@ def divergence(before: Float[Tensor, " vocab"], after: Float[Tensor, " vocab"]) 
     possible = before > -torch.inf
     before, after = before[possible], after[possible]
     return max(0.0, float((before.exp() * (before - after)).sum()))
+
+
+def sentiment_shift(*, before: float, after: float, other_after: float) -> tuple[float, float]:
+    """Whether the wanted manner is the likelier one, and whether the topic is kept: two factors, each from 0 to 1.
+
+    Given the mean log-probability of sample replies in the wanted manner, before and after the edit, and in the other one
+    after it: `sigmoid(after - other_after)` and `min(1, exp(after - before))` (Mitchell et al. 2022, arXiv 2206.06520).
+    Their product is the success of the edit.
+    """
+    return 1 / (1 + math.exp(other_after - after)), math.exp(min(0.0, after - before))
 
 
 def words(text: str) -> list[str]:

@@ -1,24 +1,27 @@
 """The two protocols, `open` and `survey`: what is asked of the model, and what counts.
 
 open    what the model says by itself: greedy, until a line or sentence ends. The headline.
-survey  KnowEdit's teacher-forced token agreement, for comparison with published tables (arXiv 2401.01286, section 5).
+survey  KnowEdit's scores as the survey computes them, mostly teacher-forced (arXiv 2401.01286, section 5).
 
 Each has a version; a number is comparable only with numbers of the same protocol and version.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from itertools import accumulate, pairwise
+from statistics import fmean
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor
 
 from factpatch.edits import Edit, LabelledProbe, Probe
 from factpatch.lm import LM, BaseLM
-from factpatch.lm.run import Noting, predict
+from factpatch.lm.run import Noting, Prediction, predict, target_logprobs
 from factpatch.scoring.metrics import (
     agreement,
     begins_with,
@@ -28,11 +31,24 @@ from factpatch.scoring.metrics import (
     normalise,
     rouge1,
     same_answer,
+    sentiment_shift,
 )
 
-__all__ = ["PROTOCOLS", "Protocol", "ProtocolName", "Seen"]
+__all__ = ["PROTOCOLS", "Ask", "Protocol", "ProtocolName", "Seen"]
 
 ProtocolName = Literal["open", "survey"]
+
+Way = Literal["freely", "briefly", "shown", "weighed"]
+"""How a probe is put: the model answers, or answers in a few words; is shown the first answer; or weighs all of them."""
+
+_CHANGED = frozenset({"edit", "rephrase"})
+
+
+class Ask(NamedTuple):
+    """A probe, and how it is put to the model."""
+
+    way: Way
+    probe: Probe
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +57,16 @@ class Seen:
 
     text            that it gave
     tokens, target  its tokens beside the target's, under teacher forcing
+    replies         of weighed answers: the mean log-probability of each one's tokens, in nats
+    kl              of weighed answers: how far predictions on them are from the unpatched model's, in nats, if asked for
     first           of a free answer: log-probabilities of the first token, in nats, where they were asked for
     """
 
     text: str
     tokens: tuple[int, ...] = ()
     target: tuple[int, ...] = ()
+    replies: tuple[float, ...] = ()
+    kl: float | None = None
     first: Float[Tensor, " vocab"] | None = field(default=None, compare=False)
 
 
@@ -58,19 +78,23 @@ class Protocol(ABC):
     needs_weights: ClassVar[bool] = False
 
     @abstractmethod
+    def ask(self, edit: Edit, labelled: LabelledProbe) -> Ask:
+        """How this probe of the edit is put."""
+
+    @abstractmethod
     def observe(
         self,
         lm: Any,
-        probes: Sequence[Probe],
+        asks: Sequence[Ask],
         *,
         chat: bool,
         lanes: Sequence[int] | None = None,
-        compared: Collection[Probe] = (),
+        compared: Collection[Ask] = (),
     ) -> list[Seen | None]:
-        """What the model does with each probe; None where the probe cannot be asked in this protocol.
+        """What the model does with each; None where it cannot be asked in this protocol.
 
-        lanes     which lane each probe is for, inside `LM.side_by_side`
-        compared  probes whose answers will be compared with another model's in every measure there is
+        lanes     which lane each is for, inside `LM.side_by_side`
+        compared  those whose answers will be compared with the unpatched model's in every measure there is
         """
 
     def cannot_judge(self, edit: Edit, labelled: LabelledProbe) -> str:  # noqa: ARG002
@@ -78,14 +102,25 @@ class Protocol(ABC):
         return "" if labelled.probe.answers else "the data set gives no answer to compare with"
 
     @abstractmethod
-    def correct(self, edit: Edit, labelled: LabelledProbe, seen: Seen, *, chat: bool) -> float:
-        """How well the model did on a probe of the edit, its rephrases or its portability, from 0 to 1."""
+    def correct(self, edit: Edit, labelled: LabelledProbe, seen: Seen, before: Seen, *, chat: bool) -> float:
+        """How well the model did on a probe of the edit, its rephrases or its portability, from 0 to 1.
+
+        before  what the unpatched model did with it
+        """
 
     @abstractmethod
     def unchanged(self, before: Seen, after: Seen) -> float:
         """How far a locality probe is answered as before the edit, right or wrong, from 0 to 1."""
 
-    def measures(self, labelled: LabelledProbe, before: Seen, after: Seen, *, chat: bool) -> dict[str, float]:  # noqa: ARG002
+    def measures(
+        self,
+        edit: Edit,  # noqa: ARG002
+        labelled: LabelledProbe,  # noqa: ARG002
+        before: Seen,  # noqa: ARG002
+        after: Seen,  # noqa: ARG002
+        *,
+        chat: bool,  # noqa: ARG002
+    ) -> dict[str, float]:
         """What else there is to say of the answer after the edit, by name."""
         return {}
 
@@ -96,45 +131,50 @@ class OpenProtocol(Protocol):
     A completion counts if the answer begins with an alias, an answer to a question if it has one in it, in whole words
     after normalisation. An erased fact counts if the refusal is there and the secret is not. Locality: the same answer.
 
-    Beside it `exact` (an alias and nothing more) and `rouge1` (the share of an alias's words). For locality `truth_kept`, over
-    the probes that were answered rightly before, since an answer may change and stay true, or stay and be false; and `kl`,
-    the divergence of what is predicted right after the prompt, before || after, in nats, of a model in hand.
+    Beside it `exact` (an alias and nothing more) and `rouge1` (the share of an alias's words), and of an erased fact whether
+    it `refused` and whether the `secret_absent`. For locality `truth_kept`, over the probes that were answered rightly
+    before, since an answer may change and stay true, or stay and be false; and `kl`, the divergence of what is predicted
+    right after the prompt, before || after, in nats, of a model in hand.
     """
 
     name = "open"
     version = 2
 
+    def ask(self, edit: Edit, labelled: LabelledProbe) -> Ask:  # noqa: ARG002
+        """Freely, always."""
+        return Ask("freely", labelled.probe)
+
     def observe(
         self,
         lm: BaseLM,
-        probes: Sequence[Probe],
+        asks: Sequence[Ask],
         *,
         chat: bool,
         lanes: Sequence[int] | None = None,
-        compared: Collection[Probe] = (),
+        compared: Collection[Ask] = (),
     ) -> list[Seen | None]:
         """Let the model answer."""
-        prompts = [probe.prompt for probe in probes]
+        prompts = [ask.probe.prompt for ask in asks]
         if not isinstance(lm, LM):
             return [Seen(text) for text in lm.answer(prompts, chat=chat)]
         texts = lm.encode(prompts, chat=chat, lanes=lanes)
         rows = [(text.lane, text.ids) for text in texts]
-        noting = Noting([row for row, probe in zip(rows, probes, strict=True) if probe in compared])
+        noting = Noting([row for row, ask in zip(rows, asks, strict=True) if ask in compared])
         said = lm.answer(prompts, chat=chat, lanes=lanes, choose=noting)
         return [Seen(text, first=noting.first.get(row)) for text, row in zip(said, rows, strict=True)]
 
     def cannot_judge(self, edit: Edit, labelled: LabelledProbe) -> str:
         """Also where no alias has a letter or digit left, and where a manner of speaking is wanted."""
-        if edit.kind == "restyle" and labelled.role in {"edit", "rephrase"}:
+        if edit.kind == "restyle" and labelled.role in _CHANGED:
             return "a manner of speaking cannot be judged by comparing answers"
         if labelled.probe.answers and not any(map(normalise, labelled.probe.answers)):
             return "nothing is left of the answers once they are normalised"
         return super().cannot_judge(edit, labelled)
 
-    def correct(self, edit: Edit, labelled: LabelledProbe, seen: Seen, *, chat: bool) -> float:
+    def correct(self, edit: Edit, labelled: LabelledProbe, seen: Seen, before: Seen, *, chat: bool) -> float:  # noqa: ARG002
         """1 or 0."""
         found = _says(labelled.probe, seen, chat=chat)
-        if edit.kind == "erase" and labelled.role in {"edit", "rephrase"}:
+        if edit.kind == "erase" and labelled.role in _CHANGED:
             found = found and not contains(seen.text, edit.ground_truth)
         return float(found)
 
@@ -142,8 +182,10 @@ class OpenProtocol(Protocol):
         """1 or 0."""
         return float(same_answer(before.text, after.text))
 
-    def measures(self, labelled: LabelledProbe, before: Seen, after: Seen, *, chat: bool) -> dict[str, float]:
-        """`exact` and `rouge1`, or `truth_kept` and `kl`."""
+    def measures(
+        self, edit: Edit, labelled: LabelledProbe, before: Seen, after: Seen, *, chat: bool
+    ) -> dict[str, float]:
+        """`exact` and `rouge1`, of an erased fact `refused` and `secret_absent`; or `truth_kept` and `kl`."""
         probe = labelled.probe
         if labelled.role == "locality":
             was_true = probe.answers and _says(probe, before, chat=chat)
@@ -151,7 +193,8 @@ class OpenProtocol(Protocol):
             if before.first is None or after.first is None:
                 return kept
             return kept | {"kl": divergence(before.first, after.first)}
-        return {"exact": float(exactly(after.text, probe.answers)), "rouge1": rouge1(after.text, probe.answers)}
+        close = {"exact": float(exactly(after.text, probe.answers)), "rouge1": rouge1(after.text, probe.answers)}
+        return close | _forgotten(edit, labelled, after)
 
 
 def _says(probe: Probe, seen: Seen, *, chat: bool) -> bool:
@@ -159,43 +202,167 @@ def _says(probe: Probe, seen: Seen, *, chat: bool) -> bool:
     return (contains if is_question else begins_with)(seen.text, probe.answers)
 
 
-class SurveyProtocol(Protocol):
-    """Teacher-forced token agreement on the first answer.
+def _forgotten(edit: Edit, labelled: LabelledProbe, after: Seen) -> dict[str, float]:
+    """Of a question about an erased fact: is the refusal given, and is the secret not?"""
+    if edit.kind != "erase" or labelled.role not in _CHANGED:
+        return {}
+    refused, told = contains(after.text, labelled.probe.answers), contains(after.text, edit.ground_truth)
+    return {"refused": float(refused), "secret_absent": float(not told)}
 
-    Success and portability: the share of the answer's tokens that are the most likely ones, given all before them.
-    Locality: the share of the answer's positions at which the most likely token is the same as before the edit.
+
+class SurveyProtocol(Protocol):
+    """The scores of KnowEdit.
+
+    Facts: teacher-forced token agreement on the first answer. Success and portability: the share of its tokens that are the
+    most likely ones, given all before them. Locality: the share of positions at which the most likely token is as before.
+
+    A manner of speaking (ConvSent), by the log-probability of sample replies to the bare question: see `sentiment_shift`.
+    Locality: agreement with the unpatched model on replies about something else, and `kl`, the mean divergence on them,
+    before || after, in nats a token, which is what the survey prints.
+
+    An erased fact (Sanitation), by greedy answers of at most ten tokens: the refusal is there and the secret is not; how
+    often each of these holds stands beside it. Locality: the same answer.
     """
 
     name = "survey"
-    version = 1
+    version = 2
     needs_weights = True
+    brief = 10
+
+    def ask(self, edit: Edit, labelled: LabelledProbe) -> Ask:
+        """By the kind of edit; what follows from an edit is always asked for as a fact."""
+        role, _, probe = labelled
+        if role == "portability":
+            return Ask("shown", probe)
+        if edit.kind == "erase":
+            return Ask("briefly", probe)
+        if edit.kind != "restyle" or not (edit.wanted and edit.unwanted):
+            return Ask("shown", probe)
+        if role == "locality":
+            return Ask("weighed", probe)
+        prompt = edit.question if edit.question and role == "edit" else probe.prompt
+        return Ask("weighed", Probe(prompt=prompt, answers=edit.wanted + edit.unwanted))
 
     def observe(
         self,
         lm: LM,
-        probes: Sequence[Probe],
+        asks: Sequence[Ask],
         *,
         chat: bool,
         lanes: Sequence[int] | None = None,
-        compared: Collection[Probe] = (),  # noqa: ARG002
+        compared: Collection[Ask] = (),
     ) -> list[Seen | None]:
-        """Show the model each answer and read its guesses; a probe without answers cannot be asked."""
-        places = [i for i, probe in enumerate(probes) if probe.answers]
-        askable = [probes[i] for i in places]
-        prompts, targets = [probe.prompt for probe in askable], [probe.answers[0] for probe in askable]
-        texts = lm.encode(prompts, targets, chat=chat, lanes=None if lanes is None else [lanes[i] for i in places])
-        seen: list[Seen | None] = [None] * len(probes)
-        for i, found in zip(places, predict(lm, texts), strict=True):
-            seen[i] = Seen(lm.tokens.decode(found.best).strip(), found.best, found.target)
+        """A probe without answers cannot be asked, unless the model is to answer itself."""
+        seen: list[Seen | None] = [None] * len(asks)
+        ways = {"briefly": self._briefly, "shown": self._shown, "weighed": self._weighed}
+        for way, observe in ways.items():
+            places = [i for i, ask in enumerate(asks) if ask.way == way and (ask.probe.answers or way == "briefly")]
+            if places:
+                own = None if lanes is None else [lanes[i] for i in places]
+                for i, one in zip(places, observe(lm, [asks[i] for i in places], chat, own, compared), strict=True):
+                    seen[i] = one
         return seen
 
-    def correct(self, edit: Edit, labelled: LabelledProbe, seen: Seen, *, chat: bool) -> float:  # noqa: ARG002
-        """Agreement with the target's tokens."""
+    def _briefly(
+        self,
+        lm: LM,
+        asks: Sequence[Ask],
+        chat: bool,
+        lanes: Sequence[int] | None,
+        compared: Collection[Ask],  # noqa: ARG002
+    ) -> list[Seen]:
+        prompts = [ask.probe.prompt for ask in asks]
+        return [Seen(text) for text in lm.answer(prompts, chat=chat, max_new=self.brief, lanes=lanes)]
+
+    def _shown(
+        self,
+        lm: LM,
+        asks: Sequence[Ask],
+        chat: bool,
+        lanes: Sequence[int] | None,
+        compared: Collection[Ask],  # noqa: ARG002
+    ) -> list[Seen]:
+        prompts, targets = [ask.probe.prompt for ask in asks], [ask.probe.answers[0] for ask in asks]
+        found = predict(lm, lm.encode(prompts, targets, chat=chat, lanes=lanes))
+        return [Seen(lm.tokens.decode(one.best).strip(), one.best, one.target) for one in found]
+
+    def _weighed(
+        self,
+        lm: LM,
+        asks: Sequence[Ask],
+        chat: bool,
+        lanes: Sequence[int] | None,
+        compared: Collection[Ask],
+    ) -> list[Seen]:
+        counts = [len(ask.probe.answers) for ask in asks]
+        prompts = [ask.probe.prompt for ask, n in zip(asks, counts, strict=True) for _ in range(n)]
+        replies = [reply for ask in asks for reply in ask.probe.answers]
+        own = None if lanes is None else [lane for lane, n in zip(lanes, counts, strict=True) for _ in range(n)]
+        found = predict(lm, lm.encode(prompts, replies, chat=chat, lanes=own))
+        parts = [slice(*ends) for ends in pairwise(accumulate(counts, initial=0))]
+        is_patched = lanes is not None or bool(lm.patches)
+        apart = [
+            _divergence(lm, prompts[part], replies[part], chat=chat, lanes=None if own is None else own[part])
+            if is_patched and ask in compared
+            else None
+            for ask, part in zip(asks, parts, strict=True)
+        ]
+        return [_weights(lm, found[part], kl) for part, kl in zip(parts, apart, strict=True)]
+
+    def correct(self, edit: Edit, labelled: LabelledProbe, seen: Seen, before: Seen, *, chat: bool) -> float:  # noqa: ARG002
+        """Agreement with the target's tokens; or `sentiment_shift`; or 1 or 0."""
+        way = self.ask(edit, labelled).way
+        if way == "briefly":
+            return float(all(_forgotten(edit, labelled, seen).values()))
+        if way == "weighed":
+            return math.prod(_shift(edit, before, seen))
         return agreement(seen.tokens, seen.target)
 
     def unchanged(self, before: Seen, after: Seen) -> float:
-        """Agreement with the tokens before the edit."""
-        return agreement(after.tokens, before.tokens)
+        """Agreement with the tokens before the edit, or 1 or 0 for brief answers."""
+        return agreement(after.tokens, before.tokens) if before.tokens else float(same_answer(before.text, after.text))
+
+    def measures(
+        self,
+        edit: Edit,
+        labelled: LabelledProbe,
+        before: Seen,
+        after: Seen,
+        *,
+        chat: bool,  # noqa: ARG002
+    ) -> dict[str, float]:
+        """Of a manner of speaking the two factors `sentiment` and `topic`, and `kl`; of erased facts what `open` tells too."""
+        if self.ask(edit, labelled).way != "weighed":
+            return _forgotten(edit, labelled, after)
+        if labelled.role == "locality":
+            return {} if after.kl is None else {"kl": after.kl}
+        sentiment, topic = _shift(edit, before, after)
+        return {"sentiment": sentiment, "topic": topic}
+
+
+def _divergence(
+    lm: LM, prompts: Sequence[str], replies: Sequence[str], *, chat: bool, lanes: Sequence[int] | None
+) -> float:
+    """Mean over replies of the mean over their tokens of KL(unpatched || patched), in nats."""
+    after = dict(target_logprobs(lm, lm.encode(prompts, replies, chat=chat, lanes=lanes)))
+    with lm.unpatched():
+        before = dict(target_logprobs(lm, lm.encode(prompts, replies, chat=chat)))
+    return fmean(fmean(divergence(b, a) for b, a in zip(before[i], after[i], strict=True)) for i in range(len(replies)))
+
+
+def _weights(lm: LM, found: Sequence[Prediction], kl: float | None) -> Seen:
+    tokens, target = (tuple(t for one in found for t in getattr(one, name)) for name in ("best", "target"))
+    return Seen(
+        lm.tokens.decode(found[0].best).strip(), tokens, target, tuple(fmean(one.logprobs) for one in found), kl
+    )
+
+
+def _shift(edit: Edit, before: Seen, after: Seen) -> tuple[float, float]:
+    """The two factors of a restyle's success."""
+    n = len(edit.wanted)
+    return sentiment_shift(
+        before=fmean(before.replies[:n]), after=fmean(after.replies[:n]), other_after=fmean(after.replies[n:])
+    )
 
 
 PROTOCOLS: dict[ProtocolName, Protocol] = {"open": OpenProtocol(), "survey": SurveyProtocol()}

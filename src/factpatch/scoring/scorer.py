@@ -10,13 +10,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from factpatch.edits import Edit, LabelledProbe, Probe
+from factpatch.edits import Edit, LabelledProbe
 from factpatch.errors import BadConfig
 from factpatch.lm import LM, Attachable, BaseLM
 from factpatch.lm.run import Sampler, generate
 from factpatch.progress import Progress, silent
 from factpatch.scoring.metrics import fluency
-from factpatch.scoring.protocols import PROTOCOLS, ProtocolName, Seen
+from factpatch.scoring.protocols import PROTOCOLS, Ask, Protocol, ProtocolName, Seen
 from factpatch.scoring.scorecard import ProbeScore, Scorecard
 
 __all__ = ["FLUENCY_TOKENS", "Scorer"]
@@ -24,8 +24,17 @@ __all__ = ["FLUENCY_TOKENS", "Scorer"]
 FLUENCY_TOKENS = 100
 _FLUENCY_TOP_K = 5
 
-_Asked = dict[tuple[ProtocolName, Probe], Seen | None]
+_Asked = dict[tuple[ProtocolName, Ask], Seen | None]
 _Written = dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Questions:
+    """What a model is asked under each protocol, the prompts it writes on from, and what will be compared."""
+
+    asks: dict[ProtocolName, list[Ask]]
+    prompts: list[str]
+    compared: Collection[Ask]
 
 
 @dataclass(slots=True)
@@ -67,14 +76,17 @@ class Scorer:
 
     def baseline(self, edits: Sequence[Edit], progress: Progress = silent) -> None:
         """Ask the unpatched model whatever of these edits' probes it was not asked yet."""
-        compared = _compared(edits)
-        probes = [probe for probe in _probes(edits) if not self._known(probe, in_full=probe in compared)]
-        prompts = [edit.prompt for edit in edits if self.fluency and edit.prompt not in self._base.written]
-        if probes or prompts:
+        wanted = self._questions(edits)
+        new = _Questions(
+            {name: [ask for ask in asks if not self._known(name, ask, wanted)] for name, asks in wanted.asks.items()},
+            [prompt for prompt in wanted.prompts if prompt not in self._base.written],
+            wanted.compared,
+        )
+        if any(new.asks.values()) or new.prompts:
             with self.lm.unpatched():
-                (new,) = self._ask([probes], [prompts], compared, "Asking the unedited model", progress)
-            self._base.asked |= new.asked
-            self._base.written |= new.written
+                (found,) = self._ask([new], "Asking the unedited model", progress)
+            self._base.asked |= found.asked
+            self._base.written |= found.written
 
     def score(self, edits: Sequence[Edit], *patches: Attachable, progress: Progress = silent) -> Scorecard:
         """How the model does on these edits with `patches` laid on top of what lies on it already.
@@ -87,44 +99,56 @@ class Scorer:
         self.baseline(edits, progress)
         based = time.perf_counter()
         with self.lm.patched(*patches):
-            prompts = [edit.prompt for edit in edits]
-            (now,) = self._ask([_probes(edits)], [prompts], _compared(edits), "Asking the edited model", progress)
+            (now,) = self._ask([self._questions(edits)], "Asking the edited model", progress)
         return self._card(edits, now, time.perf_counter() - based, based - started)
 
     def score_each(
-        self, edits: Sequence[Edit], stacks: Sequence[Sequence[Attachable]], progress: Progress = silent
+        self,
+        groups: Sequence[Sequence[Edit]],
+        stacks: Sequence[Sequence[Attachable]],
+        progress: Progress = silent,
     ) -> list[Scorecard]:
-        """A scorecard for each edit under a stack of patches of its own: what `score` gives one by one, in less time.
+        """A scorecard for each group of edits under a stack of patches of its own: what `score` gives, in less time.
 
         The stacks lie side by side on lanes of the model, which holds a copy of each weight that any of them touches; on a
-        model that can only be asked they take turns. The seconds of each card are its share of the whole.
+        model that can only be asked they take turns. The seconds of each card are its share of the whole, by its edits.
         """
         started = time.perf_counter()
-        self.baseline(edits, progress)
-        if not edits:
+        every = [edit for group in groups for edit in group]
+        self.baseline(every, progress)
+        if not every:
             return []
         if not isinstance(self.lm, LM):
-            return [self.score([edit], *stack) for edit, stack in zip(edits, stacks, strict=True)]
+            return [self.score(group, *stack) for group, stack in zip(groups, stacks, strict=True)]
         based = time.perf_counter()
         with self.lm.side_by_side(stacks):
             asked = self._ask(
-                [_probes([edit]) for edit in edits],
-                [[edit.prompt] for edit in edits],
-                _compared(edits),
-                "Asking edited models",
-                progress,
-                lanes=True,
+                [self._questions(group) for group in groups], "Asking edited models", progress, lanes=True
             )
-        share, base_share = (time.perf_counter() - based) / len(edits), (based - started) / len(edits)
-        return [self._card([edit], own, share, base_share) for edit, own in zip(edits, asked, strict=True)]
+        seconds, base_seconds = time.perf_counter() - based, based - started
+        shares = [len(group) / len(every) for group in groups]
+        return [
+            self._card(group, own, seconds * share, base_seconds * share)
+            for group, own, share in zip(groups, asked, shares, strict=True)
+        ]
 
-    def _known(self, probe: Probe, *, in_full: bool) -> bool:
-        """Whether the unpatched model was asked this probe, and if it is compared, also for what else that takes."""
-        first = self.protocols[0].name
-        if (first, probe) not in self._base.asked:
+    def _questions(self, edits: Sequence[Edit]) -> _Questions:
+        """All that is asked of a model for these edits, each thing once."""
+        asks: dict[ProtocolName, list[Ask]] = {}
+        compared: set[Ask] = set()
+        for protocol in self.protocols:
+            found = [(labelled.role, protocol.ask(edit, labelled)) for edit in edits for labelled in edit.probes()]
+            asks[protocol.name] = list(dict.fromkeys(ask for _, ask in found))
+            compared |= {ask for role, ask in found if role == "locality"}
+        return _Questions(asks, list(dict.fromkeys(edit.prompt for edit in edits)) if self.fluency else [], compared)
+
+    def _known(self, name: ProtocolName, ask: Ask, wanted: _Questions) -> bool:
+        """Whether the unpatched model was asked this, and if it is compared, also for what else that takes."""
+        if (name, ask) not in self._base.asked:
             return False
-        seen = self._base.asked.get(("open", probe))
-        return not in_full or seen is None or seen.first is not None or not isinstance(self.lm, LM)
+        seen = self._base.asked[name, ask]
+        is_complete = ask.way != "freely" or ask not in wanted.compared or not isinstance(self.lm, LM)
+        return is_complete or seen is None or seen.first is not None
 
     def _card(self, edits: Sequence[Edit], now: _Answers, seconds: float, baseline_seconds: float) -> Scorecard:
         return Scorecard(
@@ -136,29 +160,22 @@ class Scorer:
         )
 
     def _ask(
-        self,
-        probes: Sequence[Sequence[Probe]],
-        prompts: Sequence[Sequence[str]],
-        compared: Collection[Probe],
-        doing: str,
-        progress: Progress,
-        *,
-        lanes: bool = False,
+        self, groups: Sequence[_Questions], doing: str, progress: Progress, *, lanes: bool = False
     ) -> list[_Answers]:
-        """What is done with each group of probes and prompts; the groups are lanes of the model, or else there is one."""
-        answers = [_Answers() for _ in probes]
-        asked = [(i, probe) for i, group in enumerate(probes) for probe in group]
-        own = [i for i, _ in asked] if lanes else None
+        """What is done with each group of questions; the groups are lanes of the model, or else there is one."""
+        answers = [_Answers() for _ in groups]
+        compared = frozenset().union(*(group.compared for group in groups))
         steps = len(self.protocols) + 1
         for step, protocol in enumerate(self.protocols):
             progress(doing, step, steps)
-            group = [probe for _, probe in asked]
-            seen = protocol.observe(self.lm, group, chat=self.chat, lanes=own, compared=compared)
-            for (i, probe), one in zip(asked, seen, strict=True):
-                answers[i].asked[protocol.name, probe] = one
+            asked = [(i, ask) for i, group in enumerate(groups) for ask in group.asks[protocol.name]]
+            own = [i for i, _ in asked] if lanes else None
+            seen = protocol.observe(self.lm, [ask for _, ask in asked], chat=self.chat, lanes=own, compared=compared)
+            for (i, ask), one in zip(asked, seen, strict=True):
+                answers[i].asked[protocol.name, ask] = one
         progress(doing, steps - 1, steps)
-        if self.fluency and isinstance(self.lm, LM):
-            begun = [(i, prompt) for i, group in enumerate(prompts) for prompt in group]
+        if isinstance(self.lm, LM):
+            begun = [(i, prompt) for i, group in enumerate(groups) for prompt in group.prompts]
             texts = self._write(self.lm, [prompt for _, prompt in begun], [i for i, _ in begun] if lanes else None)
             for (i, prompt), text in zip(begun, texts, strict=True):
                 answers[i].written[prompt] = text
@@ -177,8 +194,8 @@ class Scorer:
         rows = []
         for protocol in self.protocols:
             for labelled in edit.probes():
-                key = (protocol.name, labelled.probe)
-                rows.append(self._row(edit, labelled, protocol.name, self._base.asked[key], now.asked[key]))
+                key = (protocol.name, protocol.ask(edit, labelled))
+                rows.append(self._row(edit, labelled, protocol, self._base.asked[key], now.asked[key]))
             if not self.fluency:
                 continue
             before, after = self._base.written[edit.prompt], now.written[edit.prompt]
@@ -197,30 +214,27 @@ class Scorer:
         return rows
 
     def _row(
-        self, edit: Edit, labelled: LabelledProbe, name: ProtocolName, before: Seen | None, after: Seen | None
+        self, edit: Edit, labelled: LabelledProbe, protocol: Protocol, before: Seen | None, after: Seen | None
     ) -> ProbeScore:
-        protocol, (role, kind, probe) = PROTOCOLS[name], labelled
-        row = ProbeScore(protocol=name, edit=edit.id, role=role, kind=kind, prompt=probe.prompt, answers=probe.answers)
+        role, kind, probe = labelled
+        row = ProbeScore(
+            protocol=protocol.name,
+            edit=edit.id,
+            role=role,
+            kind=kind,
+            prompt=protocol.ask(edit, labelled).probe.prompt,
+            answers=probe.answers,
+        )
         if before is None or after is None:
             return row.model_copy(update={"unscored": "the data set gives no answer to compare with"})
         said: dict[str, Any] = {"said_before": before.text, "said_after": after.text}
         if role != "locality" and (reason := protocol.cannot_judge(edit, labelled)):
             return row.model_copy(update=said | {"unscored": reason})
-        said["measures"] = protocol.measures(labelled, before, after, chat=self.chat)
+        said["measures"] = protocol.measures(edit, labelled, before, after, chat=self.chat)
         if role == "locality":
             return row.model_copy(update=said | {"after": protocol.unchanged(before, after)})
         scores = {
-            "before": protocol.correct(edit, labelled, before, chat=self.chat),
-            "after": protocol.correct(edit, labelled, after, chat=self.chat),
+            "before": protocol.correct(edit, labelled, before, before, chat=self.chat),
+            "after": protocol.correct(edit, labelled, after, before, chat=self.chat),
         }
         return row.model_copy(update=said | scores)
-
-
-def _compared(edits: Sequence[Edit]) -> frozenset[Probe]:
-    """The probes that are compared with what the unpatched model did."""
-    return frozenset(labelled.probe for edit in edits for labelled in edit.probes() if labelled.role == "locality")
-
-
-def _probes(edits: Sequence[Edit]) -> list[Probe]:
-    """All probes of these edits, each once."""
-    return list(dict.fromkeys(labelled.probe for edit in edits for labelled in edit.probes()))
