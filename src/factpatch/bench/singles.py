@@ -1,12 +1,13 @@
-"""Each edit made and scored alone: the setting of the survey's Table 4."""
+"""Patches made and scored each alone: the setting of the survey's Table 4."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+from factpatch.bench.outcome import ALONE, Outcome, watching_memory
 from factpatch.edits import Edit
 from factpatch.errors import CannotEdit, TokenizerError
 from factpatch.lm import BaseLM
@@ -15,10 +16,10 @@ from factpatch.patches import Patch
 from factpatch.progress import Progress, silent
 from factpatch.scoring import Scorecard, Scorer
 
-__all__ = ["ABREAST", "Failure", "Singles", "score_singly"]
+__all__ = ["ABREAST", "Failure", "Singles", "each_alone", "make", "score_singly"]
 
 ABREAST = 8
-"""How many edits are scored at once. Each lane holds a copy of the weights that its patch touches."""
+"""How many patches are scored at once. Each lane holds a copy of the weights that its patch touches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,46 @@ class Singles:
     prepare_seconds: float
 
 
+def make(lm: BaseLM, method: Method[Any], edits: Sequence[Edit]) -> tuple[Patch | None, Outcome]:
+    """One patch, not scored yet; what the method refuses is told as the reason.
+
+    What is wrong with the model, the settings or the cache is raised.
+    """
+    ids, begun = tuple(edit.id for edit in edits), time.perf_counter()
+    try:
+        with watching_memory() as memory:
+            patch = method.fit(lm, edits)
+    except (CannotEdit, TokenizerError) as error:
+        return None, Outcome(0, ALONE, ids, None, reason=str(error))
+    seconds = round(time.perf_counter() - begun, 3)
+    return patch, Outcome(0, ALONE, ids, None, fit_seconds=seconds, peak_memory_mb=memory.peak_mb)
+
+
+def each_alone(
+    lm: BaseLM,
+    method: Method[Any],
+    units: Mapping[int, Sequence[Edit]],
+    scorer: Scorer,
+    progress: Progress = silent,
+) -> Iterator[Outcome]:
+    """Make a patch of each unit, and score it on the model by itself; some at a time side by side.
+
+    units  by number, the edits of each patch
+    """
+    doing, numbers = f"Editing and scoring with {method.name}", list(units)
+    for start in range(0, len(numbers), ABREAST):
+        made = []
+        for done, number in enumerate(numbers[start : start + ABREAST], start):
+            progress(doing, done, len(numbers))
+            made.append((number, units[number], *make(lm, method, units[number])))
+        patches = [(edits, patch) for _, edits, patch, _ in made if patch is not None]
+        cards = iter(scorer.score_each([edits for edits, _ in patches], [(patch,) for _, patch in patches]))
+        for number, _, patch, outcome in made:
+            card = next(cards).model_copy(update={"fit_seconds": outcome.fit_seconds}) if patch is not None else None
+            yield replace(outcome, number=number, card=card)
+    progress(doing, len(units), len(units))
+
+
 def score_singly(
     lm: BaseLM, method: Method[Any], edits: Sequence[Edit], scorer: Scorer, progress: Progress = silent
 ) -> Singles:
@@ -54,21 +95,8 @@ def score_singly(
     prepared = time.perf_counter() - started
     scorer.baseline(edits, progress)
     baseline = time.perf_counter() - started - prepared
-    cards: list[Scorecard] = []
-    failures: list[Failure] = []
-    doing = f"Editing and scoring with {method.name}"
-    for start in range(0, len(edits), ABREAST):
-        made: list[tuple[Edit, Patch, float]] = []
-        for i, edit in enumerate(edits[start : start + ABREAST], start):
-            progress(doing, i, len(edits))
-            begun = time.perf_counter()
-            try:
-                patch = method.fit(lm, [edit])
-                made.append((edit, patch, round(time.perf_counter() - begun, 3)))
-            except (CannotEdit, TokenizerError) as error:
-                failures.append(Failure(edit.id, str(error)))
-        scored = scorer.score_each([[edit] for edit, _, _ in made], [(patch,) for _, patch, _ in made])
-        cards += [c.model_copy(update={"fit_seconds": s}) for c, (_, _, s) in zip(scored, made, strict=True)]
-    progress(doing, len(edits), len(edits))
+    outcomes = list(each_alone(lm, method, {i: [edit] for i, edit in enumerate(edits)}, scorer, progress))
+    cards = [outcome.card for outcome in outcomes if outcome.card is not None]
     card = Scorecard.join(cards).model_copy(update={"baseline_seconds": round(baseline, 3)}) if cards else None
-    return Singles(card, tuple(failures), round(prepared, 3))
+    failures = tuple(Failure(outcome.edits[0], outcome.reason) for outcome in outcomes if outcome.reason)
+    return Singles(card, failures, round(prepared, 3))

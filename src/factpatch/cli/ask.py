@@ -16,7 +16,6 @@ from factpatch.cli.terminal import (
     ModelOption,
     err,
     line,
-    open_model,
     print_json,
     progress,
 )
@@ -47,11 +46,12 @@ def ask(
     as_json: JsonOption = False,
 ) -> None:
     """Ask the model, without and with patches; greedy, up to the end of a line or sentence."""
+    from factpatch.lm import load_or_connect
     from factpatch.patches import Patch
 
     patches = [Patch.load(folder) for folder in patch or []]
     with progress() as report:
-        lm = open_model(model, base_url=base_url, dtype=dtype, device=device, progress=report)
+        lm = load_or_connect(model, base_url=base_url, dtype=dtype, device=device, progress=report)
         with lm.patched(*patches):
             after = lm.ask(prompt, chat=chat)
         before = lm.ask(prompt, chat=chat) if patches else after

@@ -20,7 +20,6 @@ from factpatch.cli.terminal import (
     change_line,
     line,
     method_settings,
-    open_model,
     out,
     print_json,
     probe_table,
@@ -83,6 +82,7 @@ def edit(
     wanted = _edits(one, edits, limit, skip_invalid)
 
     from factpatch.files import check_output
+    from factpatch.lm import load_or_connect
     from factpatch.methods import create
     from factpatch.scoring import Scorer
 
@@ -90,7 +90,7 @@ def edit(
     maker = create(method, method_settings(settings, chat=chat))
     maker.check(wanted)
     with progress() as report:
-        lm = open_model(model, base_url=base_url, dtype=dtype, device=device, progress=report)
+        lm = load_or_connect(model, base_url=base_url, dtype=dtype, device=device, progress=report)
         patch = maker.fit(lm, wanted, report)
         card = Scorer(lm, chat=chat).score(wanted, patch, progress=report)
     patch = patch.with_scorecard(card.to_json())

@@ -21,7 +21,6 @@ from factpatch.cli.terminal import (
     line,
     method_settings,
     number,
-    open_model,
     out,
     print_json,
     progress,
@@ -82,6 +81,7 @@ def score(
 
     from factpatch.bench import score_sequence, score_singly
     from factpatch.data import read
+    from factpatch.lm import load_or_connect
     from factpatch.methods import create
     from factpatch.patches import Patch
     from factpatch.scoring import Scorer
@@ -95,7 +95,7 @@ def score(
     patches = [Patch.load(folder) for folder in patch or []]
     failures: tuple[Failure, ...] = ()
     with progress() as report:
-        lm = open_model(model, base_url=base_url, dtype=dtype, device=device, progress=report)
+        lm = load_or_connect(model, base_url=base_url, dtype=dtype, device=device, progress=report)
         scorer = Scorer(lm, chat=chat, seed=seed)
         cards: dict[str, Scorecard | None]
         if maker is None:

@@ -19,7 +19,6 @@ from factpatch.errors import BadConfig
 from factpatch.progress import Progress as Report
 
 if TYPE_CHECKING:
-    from factpatch.lm import BaseLM
     from factpatch.scoring import Scorecard, Summary
 
 # Without markup: what a model or a user writes may hold brackets.
@@ -40,7 +39,7 @@ BaseUrlOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for scripts.")]
 ChatOption = Annotated[bool, typer.Option("--chat", help="Put prompts into the model's chat template.")]
-DTypeName = Literal["float32", "bfloat16", "float16"]
+DTypeName = Literal["float32", "bfloat16", "float16"]  # as in factpatch.lm.load, which takes torch
 DTypeOption = Annotated[
     DTypeName | None, typer.Option("--dtype", help="Type of the weights; default: float32 on a CPU.")
 ]
@@ -112,22 +111,6 @@ class _Lines:
             return
         self._doing, self._last = doing, now
         err.print(f"{doing} … {done} of {total}" if done else f"{doing} …", soft_wrap=True)
-
-
-def open_model(
-    name: str, *, base_url: str | None, dtype: DTypeName | None, device: str | None, progress: Report
-) -> BaseLM:
-    """The model in hand, or behind an endpoint if the name says so. Raises BadConfig for options of the other sort."""
-    from factpatch.lm import connect, load
-    from factpatch.lm.remote import PREFIX
-
-    if not name.startswith(PREFIX):
-        if base_url is not None:
-            raise BadConfig(f"--base-url: belongs to a model behind an endpoint.\n  Give --model {PREFIX}NAME too.")
-        return load(name, dtype=dtype, device=device, progress=progress)
-    if dtype is not None or device is not None:
-        raise BadConfig(f"--dtype, --device: {name} runs where its server runs.\n  Leave them out.")
-    return connect(name, base_url)
 
 
 def number(value: float | None, digits: int = 3) -> str:

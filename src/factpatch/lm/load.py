@@ -9,14 +9,15 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from factpatch.errors import UnknownDevice, UnknownModel, did_you_mean
+from factpatch.errors import BadConfig, UnknownDevice, UnknownModel, did_you_mean
+from factpatch.lm.base import BaseLM
 from factpatch.lm.catalog import CATALOG, DEFAULT_MODEL
 from factpatch.lm.fetch import ensure, ensure_gguf, without_bars
 from factpatch.lm.model import LM
-from factpatch.lm.remote import PREFIX
+from factpatch.lm.remote import PREFIX, connect
 from factpatch.progress import Progress, silent
 
-__all__ = ["DTypeName", "load"]
+__all__ = ["DTypeName", "load", "load_or_connect"]
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
 
@@ -109,3 +110,24 @@ def _locate(source: str, progress: Progress) -> str:
         if hint:
             raise UnknownModel(f'no model "{source}".{hint}  All short names: factpatch models')
     return source
+
+
+def load_or_connect(
+    name: str,
+    *,
+    base_url: str | None = None,
+    dtype: DTypeName | None = None,
+    device: str | None = None,
+    progress: Progress = silent,
+) -> BaseLM:
+    """The model in hand, or behind an endpoint if the name says so.
+
+    Raises what `load` and `connect` raise, and BadConfig for arguments of the other sort.
+    """
+    if not name.startswith(PREFIX):
+        if base_url is not None:
+            raise BadConfig(f"--base-url: belongs to a model behind an endpoint.\n  Give --model {PREFIX}NAME too.")
+        return load(name, dtype=dtype, device=device, progress=progress)
+    if dtype is not None or device is not None:
+        raise BadConfig(f"--dtype, --device: {name} runs where its server runs.\n  Leave them out.")
+    return connect(name, base_url)

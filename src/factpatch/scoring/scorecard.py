@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from factpatch.edits import Role
 from factpatch.scoring.protocols import ProtocolName
 
-__all__ = ["ProbeScore", "Scorecard", "Summary"]
+__all__ = ["ProbeScore", "ScoreRole", "Scorecard", "Summary"]
 
 ScoreRole = Role | Literal["fluency"]
 Value = Callable[["ProbeScore"], float | None]
@@ -117,6 +117,14 @@ class Scorecard(BaseModel):
             **before,
         )
 
+    def per_edit(self, protocol: ProtocolName, role: ScoreRole, measure: str | None = None) -> dict[str, float]:
+        """By edit, what the summary's number is the mean of; edits for which nothing could be scored are left out.
+
+        measure  one of the protocol's other measures, by name
+        """
+        rows = (row for row in self.scores if row.protocol == protocol and row.role == role)
+        return _per_edit(rows, _after if measure is None else lambda row: row.measures.get(measure))
+
     def summaries(self) -> list[Summary]:
         """One for each protocol, `open` first."""
         return [self.summary(protocol) for protocol in self.versions]
@@ -172,18 +180,21 @@ def _mean(rows: Iterable[ProbeScore], value: Value) -> float | None:
     return fmean(values) if values else None
 
 
+def _per_edit(rows: Iterable[ProbeScore], value: Value) -> dict[str, float]:
+    """By edit, the mean over the probes of a kind, then over the kinds; edits without any are left out."""
+    found = {}
+    for edit, of_edit in _grouped(rows, lambda row: row.edit).items():
+        kinds = _grouped(of_edit, lambda row: row.kind).values()
+        means = [mean for group in kinds if (mean := _mean(group, value)) is not None]
+        if means:
+            found[edit] = fmean(means)
+    return found
+
+
 def _overall(rows: Iterable[ProbeScore], role: str, value: Value) -> float | None:
-    """Mean over the probes of a kind, over the kinds of an edit, over the edits that have any."""
-    per_edit = []
-    for of_edit in _grouped((row for row in rows if row.role == role), lambda row: row.edit).values():
-        kinds = [
-            mean
-            for group in _grouped(of_edit, lambda row: row.kind).values()
-            if (mean := _mean(group, value)) is not None
-        ]
-        if kinds:
-            per_edit.append(fmean(kinds))
-    return fmean(per_edit) if per_edit else None
+    """Mean over the edits that have any."""
+    means = _per_edit((row for row in rows if row.role == role), value)
+    return fmean(means.values()) if means else None
 
 
 def _by_kind(rows: Iterable[ProbeScore]) -> dict[str, float]:

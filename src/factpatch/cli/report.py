@@ -1,0 +1,132 @@
+"""`factpatch report` and `factpatch compare`: what a benchmark found."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.table import Table
+
+from factpatch.cli.terminal import JsonOption, line, number, out, print_json
+
+if TYPE_CHECKING:
+    from factpatch.bench import Store
+
+EXAMPLES = """
+[bold]Examples[/bold]
+
+  factpatch report run                                  tables, in the terminal
+  factpatch report run --format html --out report.html  one page with plots and every edit; needs no network
+  factpatch report run --format json | jq '.[0].edit_success'
+"""
+
+COMPARE_EXAMPLES = """
+[bold]Examples[/bold]
+
+  factpatch compare before-run after-run
+  factpatch compare before-run after-run --protocol survey --json
+"""
+
+Format = Literal["html", "md", "latex", "csv", "json"]
+RunArgument = Annotated[Path, typer.Argument(help="A folder of results, as given to: factpatch bench --out")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command(name="report", epilog=EXAMPLES)(report)
+    app.command(name="compare", epilog=COMPARE_EXAMPLES)(compare)
+
+
+def report(
+    run: RunArgument,
+    form: Annotated[Format | None, typer.Option("--format", help="By default tables in the terminal.")] = None,
+    output: Annotated[Path | None, typer.Option("--out", help="The file to write; default: stdout.")] = None,
+) -> None:
+    """Report on a benchmark, finished or not."""
+    from factpatch.bench import Store
+    from factpatch.files import whole_file
+    from factpatch.report import plain
+    from factpatch.report.page import as_html
+
+    with Store(run, make=False) as store:
+        if form is None and output is None:
+            show_tables(store)
+            return
+        makers = {
+            "html": as_html,
+            "md": plain.as_markdown,
+            "latex": plain.as_latex,
+            "csv": plain.as_csv,
+            "json": plain.as_json,
+        }
+        text = makers[form or _by_name(output)](store)
+    if output is None:
+        sys.stdout.write(text)
+        return
+    with whole_file(output) as draft:
+        draft.write_text(text, encoding="utf-8")
+    line(f"Written: {output}")
+
+
+def _by_name(output: Path | None) -> Format:
+    """The format that a file's ending says."""
+    endings: dict[str, Format] = {".html": "html", ".md": "md", ".tex": "latex", ".csv": "csv", ".json": "json"}
+    ending = output.suffix.lower() if output else ""
+    if ending not in endings:
+        raise typer.BadParameter(f"give --format too, or a file ending in {', '.join(endings)}", param_hint="--out")
+    return endings[ending]
+
+
+def compare(
+    a: RunArgument,
+    b: RunArgument,
+    protocol: Annotated[Literal["open", "survey"] | None, typer.Option(help="By default both.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What changed from one run to another, edit by edit: differences B - A with 95 % intervals.
+
+    Compared are methods of one name, on data of one content, over the edits that both runs have scored.
+    """
+    from factpatch.bench import Store
+    from factpatch.report.comparison import compare_stores
+
+    with Store(a, make=False) as one, Store(b, make=False) as other:
+        found = [row for row in compare_stores(one, other) if protocol in {None, row.protocol}]
+    if as_json:
+        print_json([row.model_dump(mode="json") for row in found])
+        return
+    if not found:
+        line("The two runs share no method, data set and moment with edits that both have scored.")
+        raise typer.Exit(1)
+    table = Table(header_style="bold", box=None, pad_edge=False)
+    for name in ("method", "data", "protocol", "score", "edits", "A", "B", "B - A", "95 % interval"):
+        table.add_column(name, justify="left" if name in {"method", "data", "protocol", "score"} else "right")
+    for row in found:
+        interval = f"{row.low:+.3f} to {row.high:+.3f}" if row.low is not None and row.high is not None else "–"
+        style = "" if not row.is_clear else ("green" if row.mean > 0 else "red")
+        where = (row.method if row.moment == "alone" else f"{row.method}, {row.moment}", row.dataset, row.protocol)
+        means = (number(row.a), number(row.b), f"{row.mean:+.3f}", interval)
+        table.add_row(*where, row.score.replace("_", " "), str(row.edits), *means, style=style)
+    out.print(table)
+    line(("Coloured: the interval leaves out zero.", "dim"))
+
+
+def show_tables(store: Store) -> None:
+    """The summary of each data set and protocol."""
+    from factpatch.report import result_rows
+    from factpatch.report.plain import TITLES, name_of, tables
+    from factpatch.report.rows import SCORES
+
+    for dataset, protocol, rows in tables(result_rows(store)):
+        line((dataset, "bold"), f", {TITLES[protocol][0].lower()}{TITLES[protocol][1:]}")
+        table = Table(header_style="bold", box=None, pad_edge=False)
+        for name in ("method", "edits", *SCORES, "s an edit"):
+            table.add_column(name.replace("_", " "), justify="left" if name == "method" else "right")
+        for row in rows:
+            made = f"{row.edits}" + (f" (-{row.not_made})" if row.not_made else "")
+            style = "dim" if row.method == "unedited" else ""
+            scores = (number(getattr(row, name)) for name in SCORES)
+            table.add_row(name_of(row), made, *scores, number(row.fit_seconds, 2), style=style)
+        out.print(table)

@@ -1,0 +1,136 @@
+"""Reports without pictures: Markdown, LaTeX, CSV and JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+
+from factpatch.bench.store import Store
+from factpatch.report.published import SOURCE, published
+from factpatch.report.rows import SCORES, ResultRow, result_rows, table_rows
+
+__all__ = ["about", "as_csv", "as_json", "as_latex", "as_markdown", "cell", "name_of", "number", "tables"]
+
+HEADS = ("method", "edits", "edit success", "rephrase", "portability", "locality", "fluency", "s an edit", "MB")
+TITLES = {
+    "open": "Open protocol: the model's own free answers",
+    "survey": "Survey protocol: as published tables score",
+}
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A dash where there is none."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def tables(rows: Sequence[ResultRow]) -> Iterator[tuple[str, str, list[ResultRow]]]:
+    """Data set, protocol and the rows under both; a protocol's rows never stand in another's table."""
+    for dataset, digest in dict.fromkeys((row.dataset, row.data_sha256) for row in rows):
+        for protocol in TITLES:
+            own = [r for r in rows if (r.dataset, r.data_sha256, r.protocol) == (dataset, digest, protocol)]
+            if own:
+                yield dataset, protocol, own
+
+
+def cell(row: ResultRow, name: str) -> str:
+    """A score with its interval."""
+    value, interval = getattr(row, name), row.intervals.get(name)
+    return number(value) if interval is None or value is None else f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
+
+
+def name_of(row: ResultRow) -> str:
+    """The method, and the moment where there are several."""
+    return row.label if row.moment == "alone" else f"{row.label}, {row.moment}"
+
+
+def as_markdown(store: Store) -> str:
+    """One table for each data set and protocol; the survey's figures beneath, labelled as published."""
+    rows = result_rows(store)
+    lines = ["# Results", "", *(f"- {name}: {'; '.join(values)}" for name, values in about(rows).items())]
+    lines += ["- Intervals in brackets: 95 %, bootstrap over edits. Shares from 0 to 1, fluency in bits."]
+    for dataset, protocol, own in tables(rows):
+        lines += ["", f"## {dataset}: {TITLES[protocol][0].lower()}{TITLES[protocol][1:]}", ""]
+        lines += [f"| {' | '.join(HEADS)} |", "| --- |" + " ---: |" * (len(HEADS) - 1)]
+        lines += [f"| {' | '.join(_cells(row))} |" for row in own]
+        lines += [f"\nFailed: {row.label}: {row.reason}" for row in own if row.reason]
+        if protocol == "survey" and dataset in published():
+            lines += ["", f"{SOURCE}:", "", "| method | edit success | portability | locality | fluency |"]
+            lines += ["| --- | ---: | ---: | ---: | ---: |"]
+            for p in published()[dataset]:
+                locality = f"KL {p.kl:.2f}" if p.kl is not None else number(p.locality)
+                cells = (number(p.edit_success), number(p.portability), locality, number(p.fluency))
+                lines.append(f"| {p.method} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def about(rows: Sequence[ResultRow]) -> dict[str, list[str]]:
+    """What the numbers depend on: model, data, protocols, seed and packages."""
+    models = dict.fromkeys(f"{r.model} ({r.fingerprint[:16]}…, {r.dtype or 'remote'})" for r in rows)
+    data = dict.fromkeys(f"{r.dataset}: {r.data_file} (SHA-256 {r.data_sha256[:16]}…)" for r in rows)
+    packages = dict.fromkeys(", ".join(f"{k} {v}" for k, v in p.items()) for r in rows for p in r.packages)
+    versions = dict.fromkeys(f"{r.protocol} {r.protocol_version}" for r in rows)
+    seeds = dict.fromkeys(str(r.seed) for r in rows)
+    lists = {"Model": models, "Data": data, "Protocols": versions, "Seed": seeds, "Packages": packages}
+    return {name: list(values) for name, values in lists.items()}
+
+
+def _cells(row: ResultRow) -> list[str]:
+    edits = f"{row.edits}" + (f", {row.not_made} not made" if row.not_made else "")
+    seconds, memory = number(row.fit_seconds, 2), number(row.peak_memory_mb, 0)
+    return [name_of(row), edits, *(cell(row, name) for name in SCORES), seconds, memory]
+
+
+def as_latex(store: Store) -> str:
+    """Tables for a paper, in the style of the package booktabs."""
+    lines = ["% needs \\usepackage{booktabs}"]
+    for dataset, protocol, own in tables(result_rows(store)):
+        title = _tex(f"{dataset}, {protocol} protocol, version {own[0].protocol_version}, {own[0].model}")
+        lines += ["\\begin{table}", f"\\caption{{{title}}}", f"\\begin{{tabular}}{{l{'r' * (len(HEADS) - 1)}}}"]
+        lines += ["\\toprule", " & ".join(map(_tex, HEADS)) + " \\\\", "\\midrule"]
+        lines += [" & ".join(map(_tex, _cells(row))) + " \\\\" for row in own]
+        lines += ["\\bottomrule", "\\end{tabular}", "\\end{table}", ""]
+    return "\n".join(lines) + "\n"
+
+
+_SPECIAL = {c: f"\\{c}" for c in "&%$#_{}"} | {
+    "\\": "\\textbackslash{}",
+    "~": "\\textasciitilde{}",
+    "^": "\\textasciicircum{}",
+    "–": "--",
+}
+
+
+def _tex(text: str) -> str:
+    return "".join(_SPECIAL.get(char, char) for char in text)
+
+
+def as_csv(store: Store) -> str:
+    """One line for each cell, moment and protocol."""
+    rows = table_rows(store)
+    plain = [
+        name
+        for name in ResultRow.model_fields
+        if name not in {"intervals", "by_kind", "measures", "settings", "packages"}
+    ]
+    kinds = sorted({kind for row in rows for kind in row["by_kind"]})
+    measures = sorted({name for row in rows for name in row["measures"]})
+    heads = [*plain, *(f"{n}_{end}" for n in SCORES for end in ("low", "high")), *kinds, *measures, "settings"]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, heads, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        ends = {
+            f"{name}_{end}": row["intervals"][name][i]
+            for name in row["intervals"]
+            for i, end in enumerate(("low", "high"))
+        }
+        found = {name: row[name] for name in plain} | ends | row["by_kind"] | row["measures"]
+        writer.writerow(found | {"settings": json.dumps(row["settings"])})
+    return text.getvalue()
+
+
+def as_json(store: Store) -> str:
+    """`table_rows`."""
+    return json.dumps(table_rows(store), indent=2, ensure_ascii=False) + "\n"

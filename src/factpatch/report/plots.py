@@ -1,0 +1,131 @@
+"""Plots as SVG texts that take the colour of the page they stand in; numbers in, a picture out."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+from factpatch.errors import MissingExtra
+
+__all__ = ["bars", "curves", "grouped_bars", "scatter"]
+
+INK = "#123456"
+"""Stands for the colour of the page's text, which is not known here."""
+COLOURS = ("#3b7dd8", "#d9822b", "#2e9e6b", "#c2417c", "#8a63d2", "#a08a2c", "#1f9aa8", "#c8503c", "#6b8e23", "#7a7f87")
+MARKS = "osD^vPX<>*"
+WIDTH = 5.4
+
+
+def colour(index: int) -> str:
+    """One of ten, over and over."""
+    return COLOURS[index % len(COLOURS)]
+
+
+@contextmanager
+def _figure(height: float, title: str) -> Iterator[tuple[Any, list[str]]]:
+    """Axes to draw on; the list holds the SVG text afterwards."""
+    try:
+        figures = import_module("matplotlib.figure")
+        matplotlib: Any = import_module("matplotlib")
+    except ImportError:
+        raise MissingExtra(
+            "A page with plots needs Matplotlib, which is not installed.\n  Install it: pip install 'factpatch[report]'"
+        ) from None
+    style = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "factpatch",
+        "font.family": "sans-serif",
+        "font.size": 10,
+        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
+    }
+    drawn: list[str] = []
+    with matplotlib.rc_context(style):
+        figure = figures.Figure(figsize=(WIDTH, height), layout="constrained")
+        axes = figure.add_subplot()
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(visible=True, alpha=0.18, color=INK, linewidth=0.6)
+        axes.set_axisbelow(True)
+        yield axes, drawn
+        text = io.StringIO()
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Title": title})
+    drawn.append(_bare(text.getvalue(), title))
+
+
+def _bare(svg: str, title: str) -> str:
+    """Only the picture, as wide as it may be, in the colour of the text around it."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', rf'\1 role="img" aria-label="{title}"', svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    return svg.replace(INK, "currentColor")
+
+
+def scatter(points: Mapping[str, tuple[float, float]], x: str, y: str, title: str) -> str:
+    """A mark with its name for each point; both axes go from 0 to 1."""
+    with _figure(4.0, title) as (axes, drawn):
+        taken: list[tuple[float, float]] = []
+        for i, (name, (across, up)) in enumerate(points.items()):
+            axes.scatter(across, up, color=colour(i), marker=MARKS[(i // 10 + i) % len(MARKS)], s=46, zorder=3)
+            at = up
+            while any(abs(at - other) < 0.035 and abs(across - beside) < 0.22 for beside, other in taken):
+                at -= 0.036  # below the name that is there
+            taken.append((across, at))
+            side = across > 0.8
+            axes.annotate(
+                name, (across, up), (across + (-0.018 if side else 0.018), at), fontsize=8.5,
+                ha="right" if side else "left", va="center",
+            )  # fmt: skip
+        axes.set(xlim=(-0.03, 1.05), ylim=(min(-0.03, *(at - 0.03 for _, at in taken)), 1.05), xlabel=x, ylabel=y)
+    return drawn[0]
+
+
+def bars(values: Mapping[str, float], x: str, title: str, *, log: bool = False) -> str:
+    """A bar with its number for each name, the first on top."""
+    with _figure(0.8 + 0.27 * len(values), title) as (axes, drawn):
+        names, widths = list(values), list(values.values())
+        axes.barh(names, widths, color=colour(0), height=0.66)
+        for i, width in enumerate(widths):
+            axes.annotate(f" {width:.3g}", (width, i), va="center", fontsize=8.5)
+        axes.invert_yaxis()
+        axes.grid(visible=False, axis="y")
+        axes.set(xlabel=x)
+        axes.margins(x=0.12)
+        if log:
+            axes.set_xscale("log")
+    return drawn[0]
+
+
+def grouped_bars(values: Mapping[str, Mapping[str, float]], x: str, title: str) -> str:
+    """For each name, a bar for each kind; kinds are told apart by colour."""
+    kinds = list(dict.fromkeys(kind for own in values.values() for kind in own))
+    thick = 0.8 / max(1, len(kinds))
+    with _figure(1.2 + 0.17 * len(values) * (len(kinds) + 1), title) as (axes, drawn):
+        for k, kind in enumerate(kinds):
+            places = [i + (k - (len(kinds) - 1) / 2) * thick for i in range(len(values))]
+            widths = [own.get(kind, 0.0) for own in values.values()]
+            axes.barh(places, widths, height=thick * 0.92, color=colour(k), label=kind.replace("_", " "))
+        axes.set_yticks(range(len(values)), list(values))
+        axes.invert_yaxis()
+        axes.grid(visible=False, axis="y")
+        axes.set(xlabel=x, xlim=(0, 1))
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, fontsize=8.5)
+    return drawn[0]
+
+
+def curves(lines: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str, title: str) -> str:
+    """A line for each name, over a logarithmic axis from its first point to its last."""
+    with _figure(3.6, title) as (axes, drawn):
+        for i, (name, points) in enumerate(lines.items()):
+            mark = MARKS[(i // 10 + i) % len(MARKS)]
+            axes.plot(*zip(*points, strict=True), color=colour(i), marker=mark, markersize=5, linewidth=1.6, label=name)
+        counts = sorted({across for points in lines.values() for across, _ in points})
+        axes.set_xscale("log")
+        axes.set_xticks(counts, [f"{count:g}" for count in counts], minor=False)
+        axes.set_xticks([], minor=True)
+        axes.set(xlabel=x, ylabel=y, ylim=(-0.03, 1.05))
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, fontsize=8.5)
+    return drawn[0]

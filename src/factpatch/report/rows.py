@@ -1,0 +1,259 @@
+"""What a store of results says, as rows: one for each cell, moment and protocol; and one for each edit."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from factpatch.bench.outcome import ALONE, AT_EDIT, Moment, after
+from factpatch.bench.store import Cell, Store, StoredOutcome
+from factpatch.report.stats import Interval, bootstrap
+from factpatch.scoring import ProtocolName, Scorecard, ScoreRole
+
+__all__ = ["SCORES", "EditRow", "ResultRow", "edit_rows", "labels", "result_rows", "table_rows"]
+
+SCORES: dict[str, ScoreRole] = {
+    "edit_success": "edit",
+    "rephrase": "rephrase",
+    "portability": "portability",
+    "locality": "locality",
+    "fluency": "fluency",
+}
+AT_END = "at end"
+UNEDITED = "unedited"
+
+
+class ResultRow(BaseModel):
+    """The numbers of one cell under one protocol.
+
+    label         the method, with what tells it from others of its name
+    moment        alone, at edit, after N patches of a sequence, or at end (after the last)
+    edits         that were scored; `not_made` were refused
+    edit_success ... fluency   means over edits, as in a `Summary`; None where nothing could be scored
+    intervals     of these means, at 95 %, by bootstrap over edits
+    by_kind, measures  as in a `Summary`
+    fit_seconds, score_seconds  wall time for each edit, on average
+    peak_memory_mb  the most the process held while a patch was made, in units of 10^6 bytes
+    prepare_seconds  what the method computed once for the model
+    packages      versions the outcomes were made with; several if they changed in between
+    reason        why the cell failed, if it did
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    model: str
+    fingerprint: str
+    dtype: str
+    method: str
+    label: str
+    settings: dict[str, Any]
+    dataset: str
+    data_file: str
+    data_sha256: str
+    mode: str
+    moment: Moment
+    seed: int
+    chat: bool
+    protocol: ProtocolName
+    protocol_version: int
+    edits: int
+    not_made: int
+    edit_success: float | None = None
+    rephrase: float | None = None
+    portability: float | None = None
+    locality: float | None = None
+    fluency: float | None = None
+    intervals: dict[str, Interval] = {}
+    by_kind: dict[str, float] = {}
+    measures: dict[str, float] = {}
+    unscored: int = 0
+    fit_seconds: float | None = None
+    score_seconds: float | None = None
+    peak_memory_mb: float | None = None
+    prepare_seconds: float | None = None
+    packages: tuple[dict[str, str], ...] = ()
+    reason: str = ""
+
+
+class EditRow(BaseModel):
+    """One edit of one cell under one protocol, with what was said.
+
+    success  of the edit's own prompt; None if it could not be scored or made, and `reason` says why
+    said_before, said_after  to the edit's own prompt
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    label: str
+    dataset: str
+    moment: Moment
+    protocol: ProtocolName
+    edit: str
+    prompt: str
+    target: str
+    success: float | None
+    rephrase: float | None = None
+    portability: float | None = None
+    locality: float | None = None
+    said_before: str = ""
+    said_after: str = ""
+    reason: str = ""
+
+
+def labels(store: Store) -> dict[int, str]:
+    """By cell, the method's name, with the settings that tell it from other cells of that method on the same data."""
+    cells = store.cells()
+    alike = Counter((cell.method, cell.dataset, cell.data_sha256, cell.mode) for cell in cells.values())
+    named = {}
+    for number, cell in cells.items():
+        told = ", ".join(f"{key}={value}" for key, value in sorted(cell.settings.items()))
+        several = alike[cell.method, cell.dataset, cell.data_sha256, cell.mode] > 1
+        named[number] = f"{cell.method} ({told or 'defaults'})" if several else cell.method
+    return named
+
+
+def result_rows(store: Store) -> list[ResultRow]:
+    """All numbers, cell by cell, `open` before `survey`; before each data set's first, those of the unedited model."""
+    named = labels(store)
+    found: list[ResultRow] = []
+    told: set[tuple[str, ...]] = set()
+    for number, cell in store.cells().items():
+        outcomes = store.outcomes(number)
+        for moment in _moments(outcomes) or [ALONE]:
+            card = store.card(number, moment)
+            mine = [outcome for outcome in outcomes if outcome.moment == moment]
+            shown = AT_END if moment == _last(outcomes) else moment
+            for protocol in cell.protocols:
+                common = _common(store, number, cell, named[number], mine, shown, protocol)
+                key = (cell.fingerprint, cell.dataset, cell.data_sha256, cell.mode, protocol)
+                if card is not None and key not in told and moment in {ALONE, AT_EDIT}:
+                    told.add(key)
+                    found.append(_unedited(card, common, protocol))
+                found.append(common if card is None else _scored(card, common, protocol))
+    return found
+
+
+def table_rows(store: Store) -> list[dict[str, Any]]:
+    """`result_rows`, JSON-ready."""
+    return [row.model_dump(mode="json") for row in result_rows(store)]
+
+
+def edit_rows(store: Store) -> list[EditRow]:
+    """Every edit of every cell, the worst first."""
+    named = labels(store)
+    found = [row for number, cell in store.cells().items() for row in _of_cell(store, number, cell, named[number])]
+    return sorted(found, key=lambda row: (row.success is not None, row.success or 0.0))
+
+
+def _moments(outcomes: Sequence[StoredOutcome]) -> list[Moment]:
+    """Those on record: alone; or at edit, then after 1, 10, 30 and so on."""
+    found = {outcome.moment for outcome in outcomes}
+    return [m for m in (ALONE, AT_EDIT) if m in found] + sorted(found - {ALONE, AT_EDIT}, key=_count)
+
+
+def _count(moment: Moment) -> int:
+    return int(moment.rpartition(" ")[2])
+
+
+def _last(outcomes: Sequence[StoredOutcome]) -> Moment | None:
+    """The moment after the last patch of a sequence that is whole."""
+    count = 1 + max((outcome.number for outcome in outcomes if outcome.moment == AT_EDIT), default=-1)
+    return next((outcome.moment for outcome in outcomes if outcome.moment == after(count)), None)
+
+
+def _common(
+    store: Store,
+    number: int,
+    cell: Cell,
+    label: str,
+    outcomes: Sequence[StoredOutcome],
+    moment: Moment,
+    protocol: ProtocolName,
+) -> ResultRow:
+    made = [outcome for outcome in outcomes if not outcome.reason]
+    edits = sum(len(outcome.edits) for outcome in made)
+    fits = [outcome.fit_seconds for outcome in made if outcome.fit_seconds is not None]
+    return ResultRow(
+        model=cell.model,
+        fingerprint=cell.fingerprint,
+        dtype=cell.dtype,
+        method=cell.method,
+        label=label,
+        settings=dict(cell.settings),
+        dataset=cell.dataset,
+        data_file=cell.data_file,
+        data_sha256=cell.data_sha256,
+        mode=cell.mode,
+        moment=moment,
+        seed=cell.seed,
+        chat=cell.chat,
+        protocol=protocol,
+        protocol_version=cell.protocols[protocol],
+        edits=edits,
+        not_made=sum(len(outcome.edits) for outcome in outcomes if outcome.reason),
+        fit_seconds=round(sum(fits) / edits, 4) if fits else None,
+        score_seconds=round(sum(o.score_seconds or 0.0 for o in made) / edits, 4) if edits else None,
+        peak_memory_mb=max((o.peak_memory_mb for o in made if o.peak_memory_mb), default=None),
+        prepare_seconds=store.prepare_seconds(number),
+        packages=tuple({tuple(sorted(o.packages.items())): dict(o.packages) for o in outcomes}.values()),
+        reason=store.reason(number),
+    )
+
+
+def _scored(card: Scorecard, row: ResultRow, protocol: ProtocolName) -> ResultRow:
+    summary = card.summary(protocol)
+    intervals = {
+        name: interval
+        for name, role in SCORES.items()
+        if (interval := bootstrap(list(card.per_edit(protocol, role).values()))) is not None
+    }
+    return row.model_copy(
+        update={name: getattr(summary, name) for name in SCORES}
+        | {
+            "intervals": intervals,
+            "by_kind": summary.by_kind,
+            "measures": summary.measures,
+            "unscored": summary.unscored,
+        }
+    )
+
+
+def _unedited(card: Scorecard, row: ResultRow, protocol: ProtocolName) -> ResultRow:
+    """What the model without a patch does on the same edits."""
+    summary = card.summary(protocol)
+    before = {name: getattr(summary, f"{name}_before") for name in SCORES if name != "locality"}
+    nothing = {"fit_seconds": None, "score_seconds": None, "peak_memory_mb": None, "prepare_seconds": None}
+    about = {"method": UNEDITED, "label": UNEDITED, "settings": {}, "not_made": 0, "reason": ""}
+    return row.model_copy(update=before | nothing | about | {"moment": ALONE if row.moment == ALONE else AT_EDIT})
+
+
+def _of_cell(store: Store, number: int, cell: Cell, label: str) -> Iterator[EditRow]:
+    for moment in (m for m in _moments(store.outcomes(number)) if m in {ALONE, AT_EDIT}):
+        card = store.card(number, moment)
+        for protocol in cell.protocols:
+            common: dict[str, Any] = {"label": label, "dataset": cell.dataset, "moment": moment, "protocol": protocol}
+            scores = {} if card is None else {n: card.per_edit(protocol, role) for n, role in SCORES.items()}
+            for row in () if card is None else card.scores:
+                if row.protocol == protocol and row.role == "edit":
+                    beside: dict[str, Any] = {
+                        n: scores[n].get(row.edit) for n in ("rephrase", "portability", "locality")
+                    }
+                    yield EditRow(
+                        **common,
+                        edit=row.edit,
+                        prompt=row.prompt,
+                        target=row.answers[0] if row.answers else "",
+                        success=row.after,
+                        said_before=row.said_before,
+                        said_after=row.said_after,
+                        reason=row.unscored,
+                        **beside,
+                    )
+            for outcome in store.outcomes(number):
+                if outcome.moment == moment and outcome.reason:
+                    for edit in outcome.edits:
+                        reason = f"not made: {outcome.reason}"
+                        yield EditRow(**common, edit=edit, prompt="", target="", success=None, reason=reason)
