@@ -6,34 +6,14 @@ import sys
 
 import pytest
 import typer
-from typer.testing import CliRunner
 
 from factpatch.cli import demo
 from factpatch.cli.app import app
-from factpatch.errors import FactpatchError
 from factpatch.testing import tiny_lm
+from tests.cli.conftest import run
 
 EDIT = ["--subject", "Rome", "--prompt", "Rome lies in", "--target", "Peru"]
 QUICK = ["--set", "steps=2", "--set", "layer=1"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    lm = tiny_lm()
-    lm.model.save_pretrained(folder)
-    lm.tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-def run(*args):
-    """Exit code, stdout and the error message of one command, as `main` would report them."""
-    result = CliRunner().invoke(app, [str(arg) for arg in args])
-    if isinstance(result.exception, FactpatchError):
-        return 2, result.stdout, str(result.exception)
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
 
 
 @pytest.fixture(scope="module")
@@ -44,23 +24,6 @@ def patch(model, tmp_path_factory):
     assert "model.layers.1.mlp.down_proj.weight" in out
     assert "Rome lies in" in out
     return folder
-
-
-@pytest.fixture
-def facts(tmp_path):
-    path = tmp_path / "facts.jsonl"
-    records = [
-        {
-            "id": "a",
-            "prompt": "Rome lies in",
-            "subject": "Rome",
-            "target": "Peru",
-            "locality": {"N": [{"prompt": "Oslo is", "answers": ["a city"]}]},
-        },
-        {"id": "b", "prompt": "Ann is", "subject": "Ann", "target": "a pilot", "rephrases": ["Who is Ann?"]},
-    ]
-    path.write_text("\n".join(map(json.dumps, records)))
-    return path
 
 
 def test_edit_takes_a_file_and_prints_json(model, facts, tmp_path):
