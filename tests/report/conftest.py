@@ -18,7 +18,14 @@ def card(edit, success, *, portability=None, locality=1.0, before=0.0, said="Per
     scores = []
     for protocol in ("open", "survey"):
         common = {"protocol": protocol, "edit": edit}
-        own = {"prompt": f"Where is {edit}?", "answers": ("Peru",), "said_before": "Rome", "said_after": said}
+        failure = "unchanged" if protocol == "open" and success < 1 else None
+        own = {
+            "failure": failure,
+            "prompt": f"Where is {edit}?",
+            "answers": ("Peru",),
+            "said_before": "Rome",
+            "said_after": said,
+        }
         scores.append(ProbeScore(role="edit", before=before, after=success, **own, **common))
         for kind, value in (portability or {}).items():
             scores.append(ProbeScore(role="portability", kind=kind, prompt="p", before=0.0, after=value, **common))

@@ -115,6 +115,15 @@ def test_markdown_lays_published_figures_beside_and_labels_them(store):
             assert line.count("|") in {10, 6}
 
 
+def test_failures_are_counted_by_kind(store):
+    rome = row(store, "rome")
+    assert rome.failures == {"unchanged": 1}
+    assert row(store, "rome", "survey").failures == {}
+    assert [r.failure for r in edit_rows(store) if r.success == 0 and r.protocol == "open"] == ["unchanged"] * 4
+    assert "How edits failed: rome: 1 unchanged; ft-m: 3 unchanged." in as_markdown(store)
+    assert as_html(store).count("1 unchanged") == 1
+
+
 def test_csv_has_one_line_for_each_row(store):
     rows = list(csv.DictReader(io.StringIO(as_csv(store))))
     assert len(rows) == len(result_rows(store))

@@ -64,6 +64,7 @@ CREATE TABLE IF NOT EXISTS scores (
     said_before TEXT NOT NULL,
     said_after TEXT NOT NULL,
     unscored TEXT NOT NULL,
+    failure TEXT,
     PRIMARY KEY (cell, moment, number, position)
 ) WITHOUT ROWID;
 """
@@ -216,7 +217,7 @@ class Store:
             )
             rows = () if card is None else card.scores
             self._db.executemany(
-                "INSERT INTO scores VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO scores VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 [(*where, position, *_columns(row)) for position, row in enumerate(rows)],
             )
         return True
@@ -271,4 +272,4 @@ class Store:
 def _columns(row: ProbeScore) -> tuple[Any, ...]:
     """In the order of the table."""
     values = (row.edit, row.protocol, row.role, row.kind, row.prompt, json.dumps(row.answers), row.before, row.after)
-    return (*values, json.dumps(row.measures), row.said_before, row.said_after, row.unscored)
+    return (*values, json.dumps(row.measures), row.said_before, row.said_after, row.unscored, row.failure)

@@ -14,7 +14,7 @@ from typing import Any
 from factpatch.bench.store import Store
 from factpatch.errors import MissingExtra
 from factpatch.report import plots
-from factpatch.report.plain import TITLES, about, name_of, number, tables
+from factpatch.report.plain import TITLES, about, failures_of, name_of, number, tables
 from factpatch.report.published import SOURCE, Published, published
 from factpatch.report.rows import AT_END, SCORES, UNEDITED, ResultRow, edit_rows, result_rows
 
@@ -66,6 +66,7 @@ def as_html(store: Store, title: str = "Knowledge editing, measured") -> str:
         tables=shown,
         scores=list(SCORES),
         name_of=name_of,
+        failures_of=failures_of,
         source=SOURCE,
         plots=list(_plots(rows)),
         edits=edit_rows(store),

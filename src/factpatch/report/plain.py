@@ -11,7 +11,18 @@ from factpatch.bench.store import Store
 from factpatch.report.published import SOURCE, published
 from factpatch.report.rows import SCORES, ResultRow, result_rows, table_rows
 
-__all__ = ["about", "as_csv", "as_json", "as_latex", "as_markdown", "cell", "name_of", "number", "tables"]
+__all__ = [
+    "about",
+    "as_csv",
+    "as_json",
+    "as_latex",
+    "as_markdown",
+    "cell",
+    "failures_of",
+    "name_of",
+    "number",
+    "tables",
+]
 
 HEADS = ("method", "edits", "edit success", "rephrase", "portability", "locality", "fluency", "s an edit", "MB")
 TITLES = {
@@ -45,6 +56,11 @@ def name_of(row: ResultRow) -> str:
     return row.label if row.moment == "alone" else f"{row.label}, {row.moment}"
 
 
+def failures_of(row: ResultRow) -> str:
+    """How many edits failed in which way."""
+    return ", ".join(f"{count} {mode}" for mode, count in row.failures.items())
+
+
 def as_markdown(store: Store) -> str:
     """One table for each data set and protocol; the survey's figures beneath, labelled as published."""
     rows = result_rows(store)
@@ -55,6 +71,8 @@ def as_markdown(store: Store) -> str:
         lines += [f"| {' | '.join(HEADS)} |", "| --- |" + " ---: |" * (len(HEADS) - 1)]
         lines += [f"| {' | '.join(_cells(row))} |" for row in own]
         lines += [f"\nFailed: {row.label}: {row.reason}" for row in own if row.reason]
+        told = [f"{name_of(row)}: {failures_of(row)}" for row in own if row.failures]
+        lines += ["", f"How edits failed: {'; '.join(told)}."] if told else []
         if protocol == "survey" and dataset in published():
             lines += ["", f"{SOURCE}:", "", "| method | edit success | portability | locality | fluency |"]
             lines += ["| --- | ---: | ---: | ---: | ---: |"]
@@ -112,11 +130,18 @@ def as_csv(store: Store) -> str:
     plain = [
         name
         for name in ResultRow.model_fields
-        if name not in {"intervals", "by_kind", "measures", "settings", "packages"}
+        if name not in {"intervals", "by_kind", "measures", "failures", "settings", "packages"}
     ]
     kinds = sorted({kind for row in rows for kind in row["by_kind"]})
     measures = sorted({name for row in rows for name in row["measures"]})
-    heads = [*plain, *(f"{n}_{end}" for n in SCORES for end in ("low", "high")), *kinds, *measures, "settings"]
+    heads = [
+        *plain,
+        *(f"{n}_{end}" for n in SCORES for end in ("low", "high")),
+        *kinds,
+        *measures,
+        "failures",
+        "settings",
+    ]
     text = io.StringIO()
     writer = csv.DictWriter(text, heads, lineterminator="\n")
     writer.writeheader()
@@ -127,7 +152,7 @@ def as_csv(store: Store) -> str:
             for i, end in enumerate(("low", "high"))
         }
         found = {name: row[name] for name in plain} | ends | row["by_kind"] | row["measures"]
-        writer.writerow(found | {"settings": json.dumps(row["settings"])})
+        writer.writerow(found | {name: json.dumps(row[name]) for name in ("failures", "settings")})
     return text.getvalue()
 
 

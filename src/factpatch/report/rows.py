@@ -12,6 +12,7 @@ from factpatch.bench.outcome import ALONE, AT_EDIT, Moment, after
 from factpatch.bench.store import Cell, Store, StoredOutcome
 from factpatch.report.stats import Interval, bootstrap
 from factpatch.scoring import ProtocolName, Scorecard, ScoreRole
+from factpatch.scoring.failures import FailureMode
 
 __all__ = ["SCORES", "EditRow", "ResultRow", "edit_rows", "labels", "result_rows", "table_rows"]
 
@@ -34,7 +35,7 @@ class ResultRow(BaseModel):
     edits         that were scored; `not_made` were refused
     edit_success ... fluency   means over edits, as in a `Summary`; None where nothing could be scored
     intervals     of these means, at 95 %, by bootstrap over edits
-    by_kind, measures  as in a `Summary`
+    by_kind, measures, failures  as in a `Summary`
     fit_seconds, score_seconds  wall time for each edit, on average
     peak_memory_mb  the most the process held while a patch was made, in units of 10^6 bytes
     prepare_seconds  what the method computed once for the model
@@ -69,6 +70,7 @@ class ResultRow(BaseModel):
     intervals: dict[str, Interval] = {}
     by_kind: dict[str, float] = {}
     measures: dict[str, float] = {}
+    failures: dict[FailureMode, int] = {}
     unscored: int = 0
     fit_seconds: float | None = None
     score_seconds: float | None = None
@@ -83,6 +85,7 @@ class EditRow(BaseModel):
 
     success  of the edit's own prompt; None if it could not be scored or made, and `reason` says why
     said_before, said_after  to the edit's own prompt
+    failure  what kind of wrong answer it is
     """
 
     model_config = ConfigDict(frozen=True)
@@ -100,6 +103,7 @@ class EditRow(BaseModel):
     locality: float | None = None
     said_before: str = ""
     said_after: str = ""
+    failure: FailureMode | None = None
     reason: str = ""
 
 
@@ -205,20 +209,13 @@ def _common(
 
 def _scored(card: Scorecard, row: ResultRow, protocol: ProtocolName) -> ResultRow:
     summary = card.summary(protocol)
+    detail = {name: getattr(summary, name) for name in ("by_kind", "measures", "failures", "unscored")}
     intervals = {
         name: interval
         for name, role in SCORES.items()
         if (interval := bootstrap(list(card.per_edit(protocol, role).values()))) is not None
     }
-    return row.model_copy(
-        update={name: getattr(summary, name) for name in SCORES}
-        | {
-            "intervals": intervals,
-            "by_kind": summary.by_kind,
-            "measures": summary.measures,
-            "unscored": summary.unscored,
-        }
-    )
+    return row.model_copy(update={name: getattr(summary, name) for name in SCORES} | {"intervals": intervals} | detail)
 
 
 def _unedited(card: Scorecard, row: ResultRow, protocol: ProtocolName) -> ResultRow:
@@ -249,6 +246,7 @@ def _of_cell(store: Store, number: int, cell: Cell, label: str) -> Iterator[Edit
                         success=row.after,
                         said_before=row.said_before,
                         said_after=row.said_after,
+                        failure=row.failure,
                         reason=row.unscored,
                         **beside,
                     )

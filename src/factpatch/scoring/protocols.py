@@ -22,6 +22,7 @@ from torch import Tensor
 from factpatch.edits import Edit, LabelledProbe, Probe
 from factpatch.lm import LM, BaseLM
 from factpatch.lm.run import Noting, Prediction, predict, target_logprobs
+from factpatch.scoring.failures import FailureMode, failure_mode
 from factpatch.scoring.metrics import (
     agreement,
     begins_with,
@@ -124,6 +125,10 @@ class Protocol(ABC):
         """What else there is to say of the answer after the edit, by name."""
         return {}
 
+    def failure(self, edit: Edit, labelled: LabelledProbe, before: Seen, after: Seen) -> FailureMode | None:  # noqa: ARG002
+        """What kind of wrong answer this is, if the protocol can tell."""
+        return None
+
 
 class OpenProtocol(Protocol):
     """Free greedy answers of at most 64 tokens.
@@ -195,6 +200,11 @@ class OpenProtocol(Protocol):
             return kept | {"kl": divergence(before.first, after.first)}
         close = {"exact": float(exactly(after.text, probe.answers)), "rouge1": rouge1(after.text, probe.answers)}
         return close | _forgotten(edit, labelled, after)
+
+    def failure(self, edit: Edit, labelled: LabelledProbe, before: Seen, after: Seen) -> FailureMode | None:
+        """As `failure_mode`; what was true before is known of the edit itself and its rephrases."""
+        old = edit.ground_truth if labelled.role in _CHANGED else ()
+        return failure_mode(after.text, wanted=labelled.probe.answers, old=old, before=before.text)
 
 
 def _says(probe: Probe, seen: Seen, *, chat: bool) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 from typing import Any, Literal, Self
@@ -9,6 +10,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict
 
 from factpatch.edits import Role
+from factpatch.scoring.failures import FailureMode
 from factpatch.scoring.protocols import ProtocolName
 
 __all__ = ["ProbeScore", "ScoreRole", "Scorecard", "Summary"]
@@ -25,6 +27,7 @@ class ProbeScore(BaseModel):
                      compares two moments, so it has no `before`.
     measures         what else the protocol says of the answer after the edit, by name
     said_before/_after  what the model gave
+    failure          of a wrong free answer: what kind it is
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -41,6 +44,7 @@ class ProbeScore(BaseModel):
     said_before: str = ""
     said_after: str = ""
     unscored: str = ""
+    failure: FailureMode | None = None
 
 
 class Summary(BaseModel):
@@ -52,6 +56,7 @@ class Summary(BaseModel):
     *_before                the same for the unedited model
     by_kind                 `portability/<kind>` and `locality/<kind>`, mean over edits that have the kind
     measures                `<role>/<name>`: the protocol's other measures, averaged as the scores are
+    failures                by kind of failure, how many edits failed that way at their own prompt
     scored, unscored        probes that count, and probes that do not
     """
 
@@ -71,6 +76,7 @@ class Summary(BaseModel):
     fluency_before: float | None
     by_kind: dict[str, float]
     measures: dict[str, float]
+    failures: dict[FailureMode, int]
     scored: int
     unscored: int
 
@@ -111,6 +117,7 @@ class Scorecard(BaseModel):
             locality=_overall(rows, "locality", _after),
             by_kind=_by_kind(rows),
             measures=_measures(rows),
+            failures=dict(Counter(row.failure for row in rows if row.role == "edit" and row.failure).most_common()),
             scored=sum(row.role != "fluency" for row in rows) - unscored,
             unscored=unscored,
             **after,

@@ -233,8 +233,10 @@ class Scorer:
         said["measures"] = protocol.measures(edit, labelled, before, after, chat=self.chat)
         if role == "locality":
             return row.model_copy(update=said | {"after": protocol.unchanged(before, after)})
-        scores = {
+        now = protocol.correct(edit, labelled, after, before, chat=self.chat)
+        scores: dict[str, Any] = {
             "before": protocol.correct(edit, labelled, before, before, chat=self.chat),
-            "after": protocol.correct(edit, labelled, after, before, chat=self.chat),
+            "after": now,
+            "failure": protocol.failure(edit, labelled, before, after) if now < 1 else None,
         }
         return row.model_copy(update=said | scores)
