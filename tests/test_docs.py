@@ -39,8 +39,8 @@ def test_the_readmes_python_runs_and_gives_what_it_says(tmp_path, monkeypatch, c
 @pytest.mark.real
 def test_the_readmes_commands_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    _, commands = blocks("README.md", "console")
-    for line in commands.strip().splitlines():
+    _, *commands = blocks("README.md", "console")
+    for line in "".join(commands).strip().splitlines():
         result = CliRunner().invoke(app, shlex.split(line)[1:])
         assert result.exit_code in {0, 1}, f"{line}: {result.output} {result.exception!r}"
         if "score --method" not in line:
