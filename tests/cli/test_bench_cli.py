@@ -149,3 +149,21 @@ def kill_a_worker(driver):
                 return True
         time.sleep(0.02)
     return False
+
+
+def test_the_guard_lists_what_changed(model, facts, tmp_path):
+    strong = ["--set", "steps=40", "--set", "lr=1e-1", "--set", "layer=1"]
+    code, _, _ = run("edit", "-m", model, "--method", "ft-m", *strong, "--edits", facts, "--out", tmp_path / "p")
+    assert code in {0, 1}
+    (tmp_path / "kept.txt").write_text("Rome lies in\n")
+    command = ["guard", "-m", model, "--patch", tmp_path / "p", "--retain", tmp_path / "kept.txt"]
+    code, out, _ = run(*command)
+    assert code == 1
+    assert "1 of 1 answers changed" in out
+    code, out, _ = run(*command, "--json")
+    found = json.loads(out)
+    assert (code, found["asked"], found["changed"], found["lost"]) == (1, 1, 1, 0)
+    code, out, _ = run("guard", "-m", model, "--patch", tmp_path / "p")
+    assert code == 0, "a random model is right about nothing, so that nothing is lost"
+    assert "of 36 answers changed" in out
+    assert run("guard", "-m", model, "--patch", tmp_path / "p", "--retain", "none.txt")[0] == 2

@@ -35,7 +35,7 @@ from factpatch.scoring.metrics import (
     sentiment_shift,
 )
 
-__all__ = ["PROTOCOLS", "Ask", "Protocol", "ProtocolName", "Seen"]
+__all__ = ["PROTOCOLS", "Ask", "Protocol", "ProtocolName", "Seen", "says"]
 
 ProtocolName = Literal["open", "survey"]
 
@@ -178,7 +178,7 @@ class OpenProtocol(Protocol):
 
     def correct(self, edit: Edit, labelled: LabelledProbe, seen: Seen, before: Seen, *, chat: bool) -> float:  # noqa: ARG002
         """1 or 0."""
-        found = _says(labelled.probe, seen, chat=chat)
+        found = says(labelled.probe, seen.text, chat=chat)
         if edit.kind == "erase" and labelled.role in _CHANGED:
             found = found and not contains(seen.text, edit.ground_truth)
         return float(found)
@@ -193,8 +193,8 @@ class OpenProtocol(Protocol):
         """`exact` and `rouge1`, of an erased fact `refused` and `secret_absent`; or `truth_kept` and `kl`."""
         probe = labelled.probe
         if labelled.role == "locality":
-            was_true = probe.answers and _says(probe, before, chat=chat)
-            kept = {"truth_kept": float(_says(probe, after, chat=chat))} if was_true else {}
+            was_true = probe.answers and says(probe, before.text, chat=chat)
+            kept = {"truth_kept": float(says(probe, after.text, chat=chat))} if was_true else {}
             if before.first is None or after.first is None:
                 return kept
             return kept | {"kl": divergence(before.first, after.first)}
@@ -207,9 +207,10 @@ class OpenProtocol(Protocol):
         return failure_mode(after.text, wanted=labelled.probe.answers, old=old, before=before.text)
 
 
-def _says(probe: Probe, seen: Seen, *, chat: bool) -> bool:
+def says(probe: Probe, answer: str, *, chat: bool) -> bool:
+    """Whether a free answer counts: a completion begins with an alias, the answer to a question has one in it."""
     is_question = chat or probe.prompt.endswith("?")
-    return (contains if is_question else begins_with)(seen.text, probe.answers)
+    return (contains if is_question else begins_with)(answer, probe.answers)
 
 
 def _forgotten(edit: Edit, labelled: LabelledProbe, after: Seen) -> dict[str, float]:

@@ -1,0 +1,111 @@
+"""The guard: is a patched model still what it was where nobody asked it to change? Seconds to run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from pydantic import BaseModel, ConfigDict
+
+from factpatch.data.questions import guard_questions, guard_texts
+from factpatch.edits import Probe
+from factpatch.lm import LM, Attachable, BaseLM
+from factpatch.lm.run import predict
+from factpatch.progress import Progress, silent
+from factpatch.scoring.metrics import same_answer
+from factpatch.scoring.protocols import says
+
+__all__ = ["GuardReport", "Retained", "perplexity", "run_guard"]
+
+ANSWER_TOKENS = 24
+
+
+class Retained(BaseModel):
+    """A question that should be answered as before. `was_right` and `is_right` are None where no answer is known."""
+
+    model_config = ConfigDict(frozen=True)
+
+    prompt: str
+    answers: tuple[str, ...]
+    before: str
+    after: str
+    changed: bool
+    was_right: bool | None
+    is_right: bool | None
+
+
+class GuardReport(BaseModel):
+    """Before and after.
+
+    perplexity_*  on neutral texts; None for a model that can only be asked
+    questions     all of them, in the order asked
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    perplexity_before: float | None
+    perplexity_after: float | None
+    questions: tuple[Retained, ...]
+
+    @property
+    def changed(self) -> tuple[Retained, ...]:
+        """Those answered otherwise than before, right or wrong."""
+        return tuple(question for question in self.questions if question.changed)
+
+    @property
+    def lost(self) -> tuple[Retained, ...]:
+        """Those answered rightly before and not any more."""
+        return tuple(question for question in self.questions if question.was_right and not question.is_right)
+
+
+def run_guard(
+    lm: BaseLM,
+    *patches: Attachable,
+    questions: Sequence[Probe] | None = None,
+    texts: Sequence[str] | None = None,
+    chat: bool = False,
+    progress: Progress = silent,
+) -> GuardReport:
+    """Ask the unpatched model and the one with `patches` on top of what lies on it already, and compare.
+
+    questions, texts  by default those built in
+    """
+    probes = guard_questions() if questions is None else questions
+    neutral = guard_texts() if texts is None else texts
+    prompts = [probe.prompt for probe in probes]
+    progress("Guard: asking the unedited model", 0, 2)
+    with lm.unpatched():
+        before, before_perplexity = _ask(lm, prompts, chat=chat), perplexity(lm, neutral)
+    progress("Guard: asking the edited model", 1, 2)
+    with lm.patched(*patches):
+        after, after_perplexity = _ask(lm, prompts, chat=chat), perplexity(lm, neutral)
+    progress("Guard: asking the edited model", 2, 2)
+    found = [
+        Retained(
+            prompt=probe.prompt,
+            answers=probe.answers,
+            before=one,
+            after=other,
+            changed=not same_answer(one, other),
+            was_right=says(probe, one, chat=chat) if probe.answers else None,
+            is_right=says(probe, other, chat=chat) if probe.answers else None,
+        )
+        for probe, one, other in zip(probes, before, after, strict=True)
+    ]
+    return GuardReport(perplexity_before=before_perplexity, perplexity_after=after_perplexity, questions=tuple(found))
+
+
+def _ask(lm: BaseLM, prompts: Sequence[str], *, chat: bool) -> list[str]:
+    return lm.answer(prompts, chat=chat, max_new=ANSWER_TOKENS)
+
+
+def perplexity(lm: BaseLM, texts: Sequence[str]) -> float | None:
+    """`exp` of the mean negative log-probability, over all tokens of all texts after the first word of each.
+
+    None for a model that can only be asked.
+    """
+    if not isinstance(lm, LM):
+        return None
+    begun, rest = zip(*(text.split(maxsplit=1) for text in texts), strict=True)
+    found = [logprob for one in predict(lm, lm.encode(begun, rest)) for logprob in one.logprobs]
+    return math.exp(-sum(found) / len(found))
