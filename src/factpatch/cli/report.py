@@ -43,6 +43,7 @@ def report(
     run: RunArgument,
     form: Annotated[Format | None, typer.Option("--format", help="By default tables in the terminal.")] = None,
     output: Annotated[Path | None, typer.Option("--out", help="The file to write; default: stdout.")] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Report on a benchmark, finished or not."""
     from factpatch.bench import Store
@@ -50,6 +51,9 @@ def report(
     from factpatch.report import plain
     from factpatch.report.page import as_html
 
+    if as_json and form not in {None, "json"}:
+        raise typer.BadParameter(f"it is --format json, and --format {form} is given too", param_hint="--json")
+    form = "json" if as_json else form
     with Store(run, make=False) as store:
         if form is None and output is None:
             show_tables(store)
