@@ -36,6 +36,7 @@ from typing import Annotated, Any
 import psutil
 import torch
 import typer
+from lessons import lessons_of
 
 from factpatch.bench.singles import ABREAST
 from factpatch.cli.terminal import number, progress
@@ -132,11 +133,7 @@ class Rows(dict[str, Row]):
 
 def _lessons(data: Sequence[str]) -> tuple[str, int]:
     """The records that may be learned from, of all files, as one file: how to name it, and how many they are."""
-    lessons = [
-        edit.model_copy(update={"id": f"{spec.partition(':')[0]} {edit.id}"})
-        for spec in data
-        for edit in read(spec, start=TRAIN.start, limit=len(TRAIN)).edits
-    ]
+    lessons = lessons_of(dict.fromkeys(data, TRAIN))
     told = json.dumps([lesson.to_json() for lesson in lessons])
     path = cache_root() / "benchmarks" / f"lessons-{hashlib.sha256(told.encode()).hexdigest()[:16]}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)

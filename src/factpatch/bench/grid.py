@@ -9,17 +9,23 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from factpatch.bench.outcome import Mode
+from factpatch.data import Dataset, read
 from factpatch.edits import brief, first_problem
 from factpatch.errors import BadConfig, BadFile
 from factpatch.methods import create
 from factpatch.scoring import ProtocolName
 
-__all__ = ["Grid", "MethodSpec"]
+__all__ = ["DataSpec", "Grid", "MethodSpec"]
 
 
 def _named(value: Any) -> Any:
     """A method's name alone stands for it with its own settings."""
     return {"name": value} if isinstance(value, str) else value
+
+
+def _filed(value: Any) -> Any:
+    """A file alone stands for it with the grid's range of records."""
+    return {"file": value} if isinstance(value, str) else value
 
 
 class _Value(BaseModel):
@@ -33,12 +39,20 @@ class MethodSpec(_Value):
     settings: dict[str, Any] = {}
 
 
+class DataSpec(_Value):
+    """A file as `NAME:PATH`, or the path of one's own; and which of its records, if not those that the grid says."""
+
+    file: str
+    start: NonNegativeInt | None = None
+    limit: PositiveInt | None = None
+
+
 class Grid(_Value):
     """Every method on every data set.
 
     model, base_url, dtype, device  as for the other commands
     methods      names, or names with settings
-    data         `NAME:PATH`, or the path of a file of one's own
+    data         `NAME:PATH`, or the path of a file of one's own; or either as `file`, with a start and limit of its own
     start, limit which records: from this number on, so many of each file
     mode         single, batch:K or sequential
     at           of a sequence, after how many patches to score all of them; always after the last
@@ -53,7 +67,7 @@ class Grid(_Value):
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     device: str | None = None
     methods: tuple[Annotated[MethodSpec, BeforeValidator(_named)], ...] = Field(min_length=1)
-    data: tuple[str, ...] = Field(min_length=1)
+    data: tuple[Annotated[DataSpec, BeforeValidator(_filed)], ...] = Field(min_length=1)
     start: NonNegativeInt = 0
     limit: PositiveInt | None = None
     mode: str = "single"
@@ -82,6 +96,18 @@ class Grid(_Value):
     def read(cls, path: Path) -> Self:
         """From a YAML file. Raises BadFile, BadConfig, UnknownMethod."""
         return cls.make(read_yaml(path), str(path))
+
+    def read_data(self, *, skip_invalid: bool = False) -> tuple[Dataset, ...]:
+        """The edits of each file. Raises what `factpatch.data.read` raises, and BadFile for a range without any."""
+        found = []
+        for spec in self.data:
+            start, limit = (self.start if spec.start is None else spec.start), spec.limit or self.limit
+            found.append(read(spec.file, start=start, limit=limit, skip_invalid=skip_invalid))
+            if not found[-1].edits:
+                raise BadFile(
+                    f"{spec.file}: holds no edit in this range.\n  See how a record is read: factpatch data show"
+                )
+        return tuple(found)
 
 
 def read_yaml(path: Path) -> object:

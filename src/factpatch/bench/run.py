@@ -22,9 +22,9 @@ from factpatch.bench.outcome import ALONE, AT_EDIT, Mode, Moment, Outcome, after
 from factpatch.bench.singles import ABREAST
 from factpatch.bench.store import Store
 from factpatch.bench.work import Worker
-from factpatch.data import Dataset, read
+from factpatch.data import Dataset
 from factpatch.edits import Edit
-from factpatch.errors import BadFile, FactpatchError
+from factpatch.errors import FactpatchError
 from factpatch.files import cache_root, locked, make_folder, whole_file
 from factpatch.patches import Patch
 from factpatch.progress import Progress, silent
@@ -118,12 +118,7 @@ class Run:
     def __init__(self, grid: Grid, folder: Path, worker: Worker, *, skip_invalid: bool = False) -> None:
         self.grid, self.folder, self.worker = grid, folder, worker
         self.mode = Mode.parse(grid.mode)
-        self.datasets = [
-            read(spec, start=grid.start, limit=grid.limit, skip_invalid=skip_invalid) for spec in grid.data
-        ]
-        for spec, dataset in zip(grid.data, self.datasets, strict=True):
-            if not dataset.edits:
-                raise BadFile(f"{spec}: holds no edit in this range.\n  See how a record is read: factpatch data show")
+        self.datasets = grid.read_data(skip_invalid=skip_invalid)
         self.store = Store(folder)
         self.failed: dict[int, str] = {}
         self._cells = [

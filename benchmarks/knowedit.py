@@ -1,0 +1,88 @@
+"""KnowEdit whole: every method on all six data sets, each edit made and scored alone, under both protocols.
+
+    python benchmarks/knowedit.py ../shared/knowedit --run knowedit-run --out docs/results/knowedit
+
+This writes a grid into the run's folder, gives it to `factpatch bench`, and makes the report of what came of it: a page, its
+tables as Markdown and as JSON, and a plot. A run that was stopped goes on when the same command is given again. What is
+scored are the first records of each file; of Sanitation, where sixteen questions about one secret are one edit, as many
+secrets. Methods that learn, or show examples, take later records.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import yaml
+from lessons import lessons_of
+
+from factpatch.data import write_jsonl
+from factpatch.methods import find, names
+from factpatch.methods.context import Ike
+from factpatch.methods.learning import Learned
+
+FACTS = {
+    "wiki_recent": "wiki_recent/recent_train.json",
+    "zsre": "ZsRE/ZsRE-test-all.json",
+    "wiki_counterfact": "wiki_counterfact/train_cf.json",
+}
+OTHERS = {
+    "wikibio": "WikiBio/wikibio-train-all.json",
+    "convsent": "Convsent/blender_val.json",
+    "sanitation": "Sanitation/trivia_qa_train.json",
+}
+LESSONS = range(100, 150)
+QUESTIONS_PER_SECRET = 16
+SECRETS = 5
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(help="KnowEdit's files, in folders named by data set")],
+    run: Annotated[Path, typer.Option(help="folder of results")],
+    out: Annotated[Path, typer.Option(help="the reports to write, without an ending")],
+    facts: Annotated[int, typer.Option(min=1, max=LESSONS.start, help="edits of each data set of facts")] = 3,
+    others: Annotated[int, typer.Option(min=1, max=SECRETS - 1, help="of each other one; they take longer")] = 2,
+    steps: Annotated[int, typer.Option(help="of training, for methods that learn")] = 150,
+    methods: Annotated[str, typer.Option(help="some of them, separated by commas; default: all")] = "",
+    model: str = "smollm2-135m",
+    workers: int = 2,
+) -> None:
+    """Make what is missing, and the report."""
+    run.mkdir(parents=True, exist_ok=True)
+    learned = run / "lessons.jsonl"
+    scored = dict.fromkeys(FACTS, facts) | dict.fromkeys(OTHERS, others)
+    scored["sanitation"] = others * QUESTIONS_PER_SECRET
+    kept = dict.fromkeys(scored, LESSONS) | {"sanitation": range(scored["sanitation"], SECRETS * QUESTIONS_PER_SECRET)}
+    data = {name: f"{name}:{folder / file}" for name, file in (FACTS | OTHERS).items()}
+    write_jsonl(lessons_of({data[name]: records for name, records in kept.items()}), learned)
+    grid = {
+        "model": model,
+        "methods": [_method(name, f"own:{learned}", steps) for name in (methods.split(",") if methods else names())],
+        "data": [{"file": data[name], "limit": limit} for name, limit in scored.items()],
+    }
+    (run / "grid.yaml").write_text(yaml.safe_dump(grid, sort_keys=False), encoding="utf-8")
+    began = time.monotonic()
+    # A method that fails on a data set is in the report, with its reason.
+    _factpatch("bench", "--grid", run / "grid.yaml", "--out", run, "--engine", "ray", "--workers", workers)
+    typer.echo(f"This took {(time.monotonic() - began) / 60:.0f} minutes.")
+    for ending in ("html", "md", "json", "svg"):
+        _factpatch("report", run, "--out", out.with_suffix(f".{ending}"))
+
+
+def _method(name: str, lessons: str, steps: int) -> dict[str, object]:
+    kind = find(name)
+    if issubclass(kind, Learned):
+        return {"name": name, "settings": {"data": lessons, "steps": steps}}
+    return {"name": name, "settings": {"corpus": lessons}} if issubclass(kind, Ike) else {"name": name}
+
+
+def _factpatch(*words: object) -> None:
+    subprocess.run([sys.executable, "-m", "factpatch", *map(str, words)], check=False)  # noqa: S603
+
+
+if __name__ == "__main__":
+    typer.run(main)
