@@ -15,6 +15,7 @@ from factpatch.data import write_jsonl
 from factpatch.report import table_rows
 from tests.bench.test_run import TIMES, facts, plain
 from tests.cli.conftest import run
+from tests.endpoint import Endpoint, serving
 
 FT = ["--method", "ft-m", "--set", "ft-m.steps=2", "--set", "ft-m.layer=1"]
 
@@ -56,6 +57,47 @@ def test_a_benchmark_from_plan_to_page(model, data, tmp_path):
     code, out, _ = run("report", tmp_path / "run", "--format", "json")
     assert json.loads(out) == rows
     assert run("report", tmp_path / "run", "--out", tmp_path / "page.xyz")[0] == 2
+
+
+def test_questions_that_must_not_change_are_listed_with_both_answers(model, data, tmp_path):
+    (tmp_path / "keep.txt").write_text("Rome 0 lies in\nUlm is a\n")
+    common = ["bench", "-m", model, "--method", "ft-m", "--set", "ft-m.lr=1e-2", "--data", data, "--limit", "2"]
+    kept = ["--no-fluency", "--retain", tmp_path / "keep.txt", "--out", tmp_path / "run"]
+    code, out, _ = run(*common, *kept)
+    assert code == 0
+    assert "questions to be answered as before" in out
+    (row,) = [r for r in json.loads(run(*common, *kept, "--json")[1]) if r["retained"]]
+    assert (row["method"], row["protocol"], row["retained"]["asked"]) == ("ft-m", "open", 4)
+    assert row["retained"]["changed"] > 0
+    for name in ("page.html", "page.md"):
+        assert run("report", tmp_path / "run", "--out", tmp_path / name)[0] == 0
+        assert "Answers that should not have changed" in (tmp_path / name).read_text()
+    listed = (tmp_path / "page.md").read_text().rpartition("Answers that should not have changed")[2]
+    assert listed.count("| ft-m |") == row["retained"]["changed"]
+    assert run("report", tmp_path / "run", "--out", tmp_path / "page.csv")[0] == 0
+    with Store(tmp_path / "run", make=False) as store:
+        (number,) = store.cells()
+        asked = store.card(number, "alone").retained
+    assert [question.prompt for question in asked] == ["Rome 0 lies in", "Ulm is a"] * 2
+    assert len({question.edits for question in asked}) == 2
+
+    (tmp_path / "keep.txt").write_text("Rome 1 lies in\n")
+    assert "2 patches to make" in run(*common, *kept, "--plan")[1], "other questions, other results"
+
+
+def test_a_judge_is_asked_about_free_answers(model, data, tmp_path):
+    class Mild(Endpoint):
+        def say(self, text):
+            return "yes"
+
+    with serving(Mild) as (url, _):
+        judged = ["--judge", "openai:mild", "--judge-url", url, "-m", model, "--data", data, "--limit", "2"]
+        code, out, _ = run("bench", *judged, *FT, "--no-fluency", "--out", tmp_path / "run", "--json")
+        assert code == 0
+        assert [row["measures"].get("edit/judged") for row in json.loads(out)] == [None, 1.0, None, None]
+        code, out, _ = run("score", *judged, "--json")
+    assert code == 0
+    assert json.loads(out)[0]["measures"]["edit/judged"] == 1.0
 
 
 def test_runs_are_compared(model, data, tmp_path):

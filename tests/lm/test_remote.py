@@ -5,12 +5,9 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 import time
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 from typer.testing import CliRunner
@@ -24,6 +21,7 @@ from factpatch.methods import create, find, names
 from factpatch.patches import Patch
 from factpatch.scoring import Scorer
 from factpatch.testing import tiny_lm
+from tests.endpoint import Endpoint, serving
 
 ROME = Edit(
     id="rome",
@@ -35,41 +33,20 @@ ROME = Edit(
 )
 
 
-class Parrot(BaseHTTPRequestHandler):
+class Parrot(Endpoint):
     """Knows where Oslo lies, and of Rome what it has just been told."""
 
-    seen: ClassVar[list] = []
-    status, body = 200, None
-
-    def do_POST(self):
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        chat = self.path.endswith("/chat/completions")
-        self.seen.append((self.path, request, self.headers.get("Authorization")))
-        text = request["messages"][0]["content"] if chat else request["prompt"]
+    def say(self, text):
         question = text.rpartition("Prompt: ")[2]
         said = "Norway" if "Oslo" in question else ("Peru" if "in Peru" in text else "Italy")
-        said = f" {said}. And so on.\nMore"
-        choice = {"index": 0, "finish_reason": "stop"}
-        choice |= {"message": {"role": "assistant", "content": said}} if chat else {"text": said, "logprobs": None}
-        reply = {"id": "1", "object": "x", "created": 1, "model": request["model"], "choices": [choice]}
-        self.send_response(self.status)
-        self.send_header("Content-Type", "application/json")
-        self.end_headers()
-        self.wfile.write((json.dumps(reply) if self.body is None else self.body).encode())
-
-    def log_message(self, *_):
-        pass
+        return f" {said}. And so on.\nMore"
 
 
 @pytest.fixture
 def parrot():
     """The address of a server, and the class that answers."""
-    handler = type("Handler", (Parrot,), {"seen": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/v1", handler
-    server.shutdown()
-    server.server_close()
+    with serving(Parrot) as found:
+        yield found
 
 
 def run(*args):
@@ -246,7 +223,7 @@ def test_without_the_client_library_it_is_said(monkeypatch):
 
 
 @contextmanager
-def serving(model):
+def transformers_serving(model):
     """`transformers serve`, and the address it answers at."""
     port = closed_port()
     command = [str(Path(sys.executable).with_name("transformers")), "serve", model]
@@ -282,7 +259,7 @@ def test_transformers_serve_answers_and_takes_a_new_fact(tmp_path, smollm):
     smollm.tokenizer.save_pretrained(folder)
     fact = Edit(id="1", prompt="The capital of France is", target="Lyon")
     prompts = ["The capital of France is", "Water boils at"]
-    with serving(str(folder)) as url:
+    with transformers_serving(str(folder)) as url:
         lm = connect(str(folder), url)
         for chat in (False, True):
             plain = lm.answer(prompts, chat=chat, max_new=12)

@@ -6,6 +6,7 @@ The process that started it writes all results, so a worker may die at any momen
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
@@ -13,6 +14,7 @@ from factpatch.bench.grid import Grid
 from factpatch.bench.outcome import Outcome
 from factpatch.bench.run import Run, Turn
 from factpatch.bench.work import Worker
+from factpatch.edits import Probe
 from factpatch.errors import MissingExtra
 from factpatch.progress import Progress, silent
 
@@ -25,8 +27,8 @@ TRIES = 3
 class _Hand:
     """What runs on a worker."""
 
-    def __init__(self, grid: Grid) -> None:
-        self.worker = Worker(grid)
+    def __init__(self, grid: Grid, retain: Sequence[Probe]) -> None:
+        self.worker = Worker(grid, retain=retain)
 
     def do(self, turn: Turn, sequence: bool) -> tuple[float, list[Outcome]]:
         """A piece of work, whole."""
@@ -90,8 +92,12 @@ class _Cluster:
     def _give(self, turn: Turn) -> None:
         if turn.cell in self.run.failed:
             return
-        hand = self.idle.pop() if self.idle else self.ray.remote(_Hand).options(**self.needs).remote(self.run.grid)
+        hand = self.idle.pop() if self.idle else self._hire()
         self.busy[hand.do.remote(turn, self.run.mode.name == "sequential")] = hand, turn
+
+    def _hire(self) -> Any:
+        """A new worker; the questions to retain go along, for it may not see the file they are in."""
+        return self.ray.remote(_Hand).options(**self.needs).remote(self.run.grid, self.run.worker.retain)
 
     def _take(self, done: Any, turn: Turn) -> bool:
         """Put what was done on record; false if the worker has died and another shall try."""

@@ -60,6 +60,8 @@ class Grid(_Value):
     chat         put prompts into the chat template
     protocols    under which to score; by default all that the model allows
     fluency      whether to measure it; it takes about as long as all the rest
+    retain       a file of questions that should be answered as before, asked under every patch
+    judge        a model behind an OpenAI-compatible endpoint that says which free answers are right, and its address
     """
 
     model: str = "smollm2-135m"
@@ -76,6 +78,9 @@ class Grid(_Value):
     chat: bool = False
     protocols: tuple[ProtocolName, ...] | None = None
     fluency: bool = True
+    retain: Path | None = None
+    judge: str | None = None
+    judge_url: str | None = None
 
     @classmethod
     def make(cls, values: object, source: str = "the grid") -> Self:

@@ -18,7 +18,7 @@ from typing import Any, Self
 from factpatch.bench.outcome import Moment, Outcome
 from factpatch.errors import BadFile, OutputError
 from factpatch.files import make_folder
-from factpatch.scoring import ProbeScore, ProtocolName, Scorecard
+from factpatch.scoring import ProbeScore, ProtocolName, Retained, Scorecard
 
 __all__ = ["Cell", "Store", "StoredOutcome"]
 
@@ -67,6 +67,14 @@ CREATE TABLE IF NOT EXISTS scores (
     failure TEXT,
     PRIMARY KEY (cell, moment, number, position)
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS retained (
+    cell INTEGER NOT NULL,
+    moment TEXT NOT NULL,
+    number INTEGER NOT NULL,
+    position INTEGER NOT NULL,
+    question TEXT NOT NULL,
+    PRIMARY KEY (cell, moment, number, position)
+) WITHOUT ROWID;
 """
 _JSON = ("answers", "measures")
 
@@ -79,6 +87,8 @@ class Cell:
     data_file    the file's name; for people
     mode         how edits are put together; see `Mode`
     protocols    by name, their versions
+    retain       SHA-256 of the questions that were to be answered as before; empty if there were none
+    judge        the model that judged free answers; empty if there was none
     """
 
     model: str
@@ -94,10 +104,15 @@ class Cell:
     chat: bool
     fluency: bool
     protocols: Mapping[ProtocolName, int]
+    retain: str = ""
+    judge: str = ""
 
     def identity(self) -> str:
         """Equal for cells whose results belong together."""
         fields = {name: getattr(self, name) for name in self.__slots__ if name not in {"model", "data_file"}}
+        for name in ("retain", "judge"):
+            if not fields[name]:
+                del fields[name]
         return json.dumps(fields, sort_keys=True)
 
 
@@ -208,7 +223,7 @@ class Store:
             ).fetchone()
             if known is not None and known[0] == edits:
                 return False
-            for table in ("outcomes", "scores"):
+            for table in ("outcomes", "scores", "retained"):
                 self._db.execute(f"DELETE FROM {table} WHERE cell = ? AND moment = ? AND number = ?", where)  # noqa: S608
             seconds = None if card is None else card.score_seconds
             self._db.execute(
@@ -219,6 +234,11 @@ class Store:
             self._db.executemany(
                 "INSERT INTO scores VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 [(*where, position, *_columns(row)) for position, row in enumerate(rows)],
+            )
+            asked = () if card is None else card.retained
+            self._db.executemany(
+                "INSERT INTO retained VALUES (?, ?, ?, ?, ?)",
+                [(*where, position, question.model_dump_json()) for position, question in enumerate(asked)],
             )
         return True
 
@@ -247,10 +267,9 @@ class Store:
 
     def card(self, cell: int, moment: Moment, number: int | None = None) -> Scorecard | None:
         """All scores of one moment, or of one outcome; None if there are none."""
-        rows = self._db.execute(
-            "SELECT * FROM scores WHERE cell = ? AND moment = ? AND (? IS NULL OR number = ?) ORDER BY number, position",
-            (cell, moment, number, number),
-        ).fetchall()
+        chosen = "WHERE cell = ? AND moment = ? AND (? IS NULL OR number = ?) ORDER BY number, position"
+        which = (cell, moment, number, number)
+        rows = self._db.execute(f"SELECT * FROM scores {chosen}", which).fetchall()  # noqa: S608
         if not rows:
             return None
         about = self.cells()[cell]
@@ -264,6 +283,10 @@ class Store:
             versions=dict(about.protocols),
             chat=about.chat,
             scores=scores,
+            retained=tuple(
+                Retained.model_validate_json(row["question"])
+                for row in self._db.execute(f"SELECT question FROM retained {chosen}", which)  # noqa: S608
+            ),
             fit_seconds=sum(fits) if fits else None,
             score_seconds=sum(o.score_seconds or 0.0 for o in seconds),
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,11 +15,12 @@ from factpatch.bench.sequence import Kept, one_after_another
 from factpatch.bench.singles import each_alone
 from factpatch.bench.store import Cell
 from factpatch.data import Dataset
-from factpatch.edits import Edit
-from factpatch.lm import LM, BaseLM, load_or_connect
+from factpatch.data.questions import read_questions
+from factpatch.edits import Edit, Probe
+from factpatch.lm import LM, BaseLM, connect, load_or_connect
 from factpatch.methods import Method, create
 from factpatch.progress import Progress, silent
-from factpatch.scoring import Scorer
+from factpatch.scoring import Judge, Scorer
 
 __all__ = ["Worker"]
 
@@ -31,15 +34,33 @@ class _Ready:
 class Worker:
     """Holds the grid's model, and asks the unedited one each question once.
 
+    retain    the questions to retain; by default they are read from the grid's file
     prepared  by method and settings, the seconds that preparing it took, once it was
     """
 
-    def __init__(self, grid: Grid, progress: Progress = silent, *, lm: BaseLM | None = None) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        progress: Progress = silent,
+        *,
+        lm: BaseLM | None = None,
+        retain: Sequence[Probe] | None = None,
+    ) -> None:
         self.grid = grid
+        self.retain = read_questions(grid.retain) if retain is None and grid.retain else tuple(retain or ())
+        judge = Judge(connect(grid.judge, grid.judge_url)) if grid.judge else None
         self.lm = lm or load_or_connect(
             grid.model, base_url=grid.base_url, dtype=grid.dtype, device=grid.device, progress=progress
         )
-        self.scorer = Scorer(self.lm, protocols=grid.protocols, chat=grid.chat, seed=grid.seed, fluency=grid.fluency)
+        self.scorer = Scorer(
+            self.lm,
+            protocols=grid.protocols,
+            chat=grid.chat,
+            seed=grid.seed,
+            fluency=grid.fluency,
+            retain=self.retain,
+            judge=judge,
+        )
         self._methods: dict[str, _Ready] = {}
 
     def cell(self, spec: MethodSpec, dataset: Dataset) -> Cell:
@@ -60,6 +81,8 @@ class Worker:
             chat=self.grid.chat,
             fluency=self.scorer.fluency,
             protocols={protocol.name: protocol.version for protocol in self.scorer.protocols},
+            retain=_digest(self.retain),
+            judge=self.scorer.judge.name if self.scorer.judge else "",
         )
 
     def prepare(self, spec: MethodSpec, progress: Progress = silent) -> float:
@@ -98,3 +121,9 @@ class Worker:
             given = {name: value for name, value in common.items() if value}
             self._methods[key] = _Ready(create(spec.name, given | spec.settings))
         return self._methods[key]
+
+
+def _digest(questions: Sequence[Probe]) -> str:
+    """Of the questions and their answers; empty for none."""
+    told = json.dumps([[probe.prompt, probe.answers] for probe in questions])
+    return hashlib.sha256(told.encode()).hexdigest() if questions else ""

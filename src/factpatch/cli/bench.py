@@ -15,6 +15,9 @@ from factpatch.cli.terminal import (
     DeviceOption,
     DTypeOption,
     JsonOption,
+    JudgeOption,
+    JudgeUrlOption,
+    RetainOption,
     SkipOption,
     err,
     line,
@@ -76,6 +79,9 @@ def bench(
     fluency: Annotated[
         bool | None, typer.Option("--fluency/--no-fluency", help="Whether to measure it, which takes half the time.")
     ] = None,
+    retain: RetainOption = None,
+    judge: JudgeOption = None,
+    judge_url: JudgeUrlOption = None,
     dtype: DTypeOption = None,
     device: DeviceOption = None,
     engine: Annotated[
@@ -109,6 +115,9 @@ def bench(
         "seed": seed,
         "chat": chat or None,
         "fluency": fluency,
+        "retain": retain,
+        "judge": judge,
+        "judge_url": judge_url,
         "dtype": dtype,
         "device": device,
     }

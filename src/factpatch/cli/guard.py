@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from factpatch.cli.terminal import (
     BaseUrlOption,
@@ -17,9 +16,9 @@ from factpatch.cli.terminal import (
     ModelOption,
     line,
     number,
-    out,
     print_json,
     progress,
+    show_retained,
 )
 
 EXAMPLES = """
@@ -70,7 +69,6 @@ def guard(
         print_json(summary | found.model_dump(mode="json"))
     else:
         known = [q for q in found.questions if q.was_right is not None]
-        line((f"{len(found.changed)} of {len(found.questions)}", "bold"), " answers changed")
         if known:
             line(
                 f"right before: {sum(bool(q.was_right) for q in known)}, right after: {sum(bool(q.is_right) for q in known)}"
@@ -79,12 +77,6 @@ def guard(
             line(
                 f"perplexity on neutral texts: {number(found.perplexity_before, 2)}, then {number(found.perplexity_after, 2)}"
             )
-        if found.changed:
-            table = Table(header_style="bold", box=None, pad_edge=False)
-            for name in ("question", "before", "after"):
-                table.add_column(name)
-            for q in found.changed:
-                table.add_row(q.prompt, q.before, q.after, style="red" if q in bad else "")
-            out.print(table)
+        show_retained(found.questions)
     if bad:
         raise typer.Exit(1)

@@ -120,7 +120,7 @@ def compare(
 def show_tables(store: Store) -> None:
     """The summary of each data set and protocol."""
     from factpatch.report import result_rows
-    from factpatch.report.plain import TITLES, name_of, tables
+    from factpatch.report.plain import TITLES, name_of, retained_of, tables
     from factpatch.report.rows import SCORES
 
     for dataset, protocol, rows in tables(result_rows(store)):
@@ -134,3 +134,6 @@ def show_tables(store: Store) -> None:
             scores = (number(getattr(row, name)) for name in SCORES)
             table.add_row(name_of(row), made, *scores, number(row.fit_seconds, 2), style=style)
         out.print(table)
+        for row in rows:
+            if row.retained:
+                line(f"{name_of(row)}, questions to be answered as before: {retained_of(row)}")

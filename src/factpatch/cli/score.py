@@ -14,7 +14,10 @@ from factpatch.cli.terminal import (
     DeviceOption,
     DTypeOption,
     JsonOption,
+    JudgeOption,
+    JudgeUrlOption,
     ModelOption,
+    RetainOption,
     SetOption,
     SkipOption,
     err,
@@ -24,6 +27,7 @@ from factpatch.cli.terminal import (
     out,
     print_json,
     progress,
+    show_retained,
     summary_table,
 )
 from factpatch.errors import BadConfig, BadFile
@@ -62,6 +66,9 @@ def score(
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many edits.")] = None,
     settings: SetOption = None,
     chat: ChatOption = False,
+    retain: RetainOption = None,
+    judge: JudgeOption = None,
+    judge_url: JudgeUrlOption = None,
     seed: Annotated[int, typer.Option(help="Of the sampled text that fluency is measured on.")] = 0,
     dtype: DTypeOption = None,
     device: DeviceOption = None,
@@ -72,7 +79,7 @@ def score(
 
     With --patch, all edits are scored under those patches together; with --method, each edit is made and scored alone;
     and with --sequence too, after the others, all of them kept; with neither, the model itself is scored. Exits with 1 if
-    some edits could not be made.
+    some edits could not be made, or if a question of --retain is answered otherwise than before.
     """
     if method and patch:
         raise BadConfig("--method and --patch: give one or the other.\n  --method makes its own patch for each edit.")
@@ -81,10 +88,11 @@ def score(
 
     from factpatch.bench import score_sequence, score_singly
     from factpatch.data import read
-    from factpatch.lm import load_or_connect
+    from factpatch.data.questions import read_questions
+    from factpatch.lm import connect, load_or_connect
     from factpatch.methods import create
     from factpatch.patches import Patch
-    from factpatch.scoring import Scorer
+    from factpatch.scoring import Judge, Scorer
 
     dataset = read(data, skip_invalid=skip_invalid, limit=limit)
     if not dataset.edits:
@@ -96,7 +104,9 @@ def score(
     failures: tuple[Failure, ...] = ()
     with progress() as report:
         lm = load_or_connect(model, base_url=base_url, dtype=dtype, device=device, progress=report)
-        scorer = Scorer(lm, chat=chat, seed=seed)
+        questions = read_questions(retain) if retain else ()
+        judging = Judge(connect(judge, judge_url)) if judge else None
+        scorer = Scorer(lm, chat=chat, seed=seed, retain=questions, judge=judging)
         cards: dict[str, Scorecard | None]
         if maker is None:
             cards = {"": scorer.score(dataset.edits, *patches, progress=report)}
@@ -120,7 +130,7 @@ def score(
             line((f"{known} of these {len(dataset.edits)} edits are in the patches given", "dim"))
     for failure in failures:
         err.print(Text("not made: ", style="yellow") + Text(failure.reason), soft_wrap=True)
-    if failures:
+    if failures or any(question.changed for card in cards.values() if card for question in card.retained):
         raise typer.Exit(1)
 
 
@@ -135,6 +145,8 @@ def _show(label: str, title: str, card: Scorecard | None, made: int) -> None:
         line((f"{summary.protocol}: {kinds}; {probes}", "dim"))
         if summary.measures:
             line((", ".join(f"{name} {number(value)}" for name, value in summary.measures.items()), "dim"))
+    if card.retained:
+        show_retained(card.retained)
     if card.fit_seconds is not None:
         fit, asked = card.fit_seconds / made, card.score_seconds / made
         line((f"{fit:.1f} s to fit and {asked:.1f} s to score an edit", "dim"))
@@ -172,6 +184,7 @@ def _rows(
             "score_seconds": card.score_seconds,
             "baseline_seconds": card.baseline_seconds,
             "not_made": refused,
+            "retained": [question.model_dump(mode="json") for question in card.retained],
             "detail": [
                 row.model_dump(mode="json", exclude_defaults=True)
                 for row in card.scores

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
@@ -19,7 +20,7 @@ from factpatch.errors import BadConfig
 from factpatch.progress import Progress as Report
 
 if TYPE_CHECKING:
-    from factpatch.scoring import Scorecard, Summary
+    from factpatch.scoring import Retained, Scorecard, Summary
 
 # Without markup: what a model or a user writes may hold brackets.
 out = Console(highlight=False, markup=False)
@@ -38,6 +39,19 @@ BaseUrlOption = Annotated[
     str | None, typer.Option("--base-url", help="Of --model openai:NAME: where the server is, up to /v1.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for scripts.")]
+RetainOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Questions that must be answered as before, asked after each patch: .txt, .jsonl, .json or .csv."
+    ),
+]
+JudgeOption = Annotated[
+    str | None,
+    typer.Option(help="openai:NAME of a model that says which free answers are right, however they are put."),
+]
+JudgeUrlOption = Annotated[
+    str | None, typer.Option(help="Address of the judge, such as http://localhost:8000/v1; default: OpenAI's own.")
+]
 ChatOption = Annotated[bool, typer.Option("--chat", help="Put prompts into the model's chat template.")]
 DTypeName = Literal["float32", "bfloat16", "float16"]  # as in factpatch.lm.load, which takes torch
 DTypeOption = Annotated[
@@ -148,6 +162,19 @@ def summary_table(summaries: Sequence[Summary]) -> Table:
         table.add_row(s.protocol, "before", *(number(v) for v in before), style="dim")
         table.add_row("", "after", *(number(v) for v in after))
     return table
+
+
+def show_retained(questions: Sequence[Retained]) -> None:
+    """How many of the questions changed their answer, and each that did, with both answers."""
+    changed = [question for question in questions if question.changed]
+    line((f"{len(changed)} of {len(questions)} answers changed", "bold"), " that should have stayed")
+    if changed:
+        table = Table(header_style="bold", box=None, pad_edge=False)
+        for name in ("question", "before", "after"):
+            table.add_column(name)
+        for q in sorted(changed, key=lambda q: not q.lost):
+            table.add_row(q.prompt, q.before, q.after, style="red" if q.lost else "")
+        out.print(table)
 
 
 def _short(text: str, width: int = 70) -> str:

@@ -14,9 +14,9 @@ from typing import Any
 from factpatch.bench.store import Store
 from factpatch.errors import MissingExtra
 from factpatch.report import plots
-from factpatch.report.plain import TITLES, about, failures_of, name_of, number, tables
+from factpatch.report.plain import TITLES, about, failures_of, name_of, number, retained_cells, retained_of, tables
 from factpatch.report.published import SOURCE, Published, published
-from factpatch.report.rows import AT_END, SCORES, UNEDITED, ResultRow, edit_rows, result_rows
+from factpatch.report.rows import AT_END, SCORES, UNEDITED, ResultRow, edit_rows, result_rows, retained_rows
 
 __all__ = ["as_html"]
 
@@ -70,6 +70,8 @@ def as_html(store: Store, title: str = "Knowledge editing, measured") -> str:
         source=SOURCE,
         plots=list(_plots(rows)),
         edits=edit_rows(store),
+        retained=[(row.lost, retained_cells(row)) for row in retained_rows(store)],
+        retained_of=retained_of,
         failed=sorted({(row.label, row.dataset, row.reason) for row in rows if row.reason}),
         made=f"factpatch {version('factpatch')}, {date.today()}",
     )

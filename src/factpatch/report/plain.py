@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from factpatch.bench.store import Store
 from factpatch.report.published import SOURCE, published
-from factpatch.report.rows import SCORES, ResultRow, result_rows, table_rows
+from factpatch.report.rows import SCORES, ResultRow, RetainedRow, result_rows, retained_rows, table_rows
 
 __all__ = [
     "about",
@@ -21,6 +21,8 @@ __all__ = [
     "failures_of",
     "name_of",
     "number",
+    "retained_cells",
+    "retained_of",
     "tables",
 ]
 
@@ -73,6 +75,8 @@ def as_markdown(store: Store) -> str:
         lines += [f"\nFailed: {row.label}: {row.reason}" for row in own if row.reason]
         told = [f"{name_of(row)}: {failures_of(row)}" for row in own if row.failures]
         lines += ["", f"How edits failed: {'; '.join(told)}."] if told else []
+        told = [f"{name_of(row)}: {retained_of(row)}" for row in own if row.retained]
+        lines += ["", f"Questions to be answered as before: {'; '.join(told)}."] if told else []
         if protocol == "survey" and dataset in published():
             lines += ["", f"{SOURCE}:", "", "| method | edit success | portability | locality | fluency |"]
             lines += ["| --- | ---: | ---: | ---: | ---: |"]
@@ -80,7 +84,29 @@ def as_markdown(store: Store) -> str:
                 locality = f"KL {p.kl:.2f}" if p.kl is not None else number(p.locality)
                 cells = (number(p.edit_success), number(p.portability), locality, number(p.fluency))
                 lines.append(f"| {p.method} | {' | '.join(cells)} |")
+    changed = retained_rows(store)
+    if changed:
+        lines += ["", "## Answers that should not have changed", ""]
+        lines += ["| method | data | edits | asked | before | after |", "| --- | --- | --- | --- | --- | --- |"]
+        lines += [f"| {' | '.join(_plain(text) for text in retained_cells(row))} |" for row in changed]
     return "\n".join(lines) + "\n"
+
+
+def retained_of(row: ResultRow) -> str:
+    """How many of the questions that should have been answered as before were not."""
+    return "{changed} of {asked} changed, {lost} right ones lost".format(**row.retained)
+
+
+def retained_cells(row: RetainedRow, most: int = 3) -> tuple[str, ...]:
+    """Method, data, edits, question and both answers. Of many edits in one patch the first few are named."""
+    edits = ", ".join(row.edits[:most]) + (f" and {len(row.edits) - most} more" if len(row.edits) > most else "")
+    label = row.label if row.moment == "alone" else f"{row.label}, {row.moment}"
+    return label, row.dataset, edits, row.prompt, row.before, row.after + (" (was right)" if row.lost else "")
+
+
+def _plain(text: str) -> str:
+    """On one line, and no column of its own."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def about(rows: Sequence[ResultRow]) -> dict[str, list[str]]:
@@ -130,7 +156,7 @@ def as_csv(store: Store) -> str:
     plain = [
         name
         for name in ResultRow.model_fields
-        if name not in {"intervals", "by_kind", "measures", "failures", "settings", "packages"}
+        if name not in {"intervals", "by_kind", "measures", "failures", "settings", "packages", "retained"}
     ]
     kinds = sorted({kind for row in rows for kind in row["by_kind"]})
     measures = sorted({name for row in rows for name in row["measures"]})
@@ -139,6 +165,7 @@ def as_csv(store: Store) -> str:
         *(f"{n}_{end}" for n in SCORES for end in ("low", "high")),
         *kinds,
         *measures,
+        *(f"retained_{name}" for name in ("asked", "changed", "lost")),
         "failures",
         "settings",
     ]
@@ -152,6 +179,7 @@ def as_csv(store: Store) -> str:
             for i, end in enumerate(("low", "high"))
         }
         found = {name: row[name] for name in plain} | ends | row["by_kind"] | row["measures"]
+        found |= {f"retained_{name}": count for name, count in row["retained"].items()}
         writer.writerow(found | {name: json.dumps(row[name]) for name in ("failures", "settings")})
     return text.getvalue()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -14,7 +14,17 @@ from factpatch.report.stats import Interval, bootstrap
 from factpatch.scoring import ProtocolName, Scorecard, ScoreRole
 from factpatch.scoring.failures import FailureMode
 
-__all__ = ["SCORES", "EditRow", "ResultRow", "edit_rows", "labels", "result_rows", "table_rows"]
+__all__ = [
+    "SCORES",
+    "EditRow",
+    "ResultRow",
+    "RetainedRow",
+    "edit_rows",
+    "labels",
+    "result_rows",
+    "retained_rows",
+    "table_rows",
+]
 
 SCORES: dict[str, ScoreRole] = {
     "edit_success": "edit",
@@ -36,6 +46,8 @@ class ResultRow(BaseModel):
     edit_success ... fluency   means over edits, as in a `Summary`; None where nothing could be scored
     intervals     of these means, at 95 %, by bootstrap over edits
     by_kind, measures, failures  as in a `Summary`
+    retained        over all patches, questions that should have been answered as before: how often they were asked, how
+                    often the answer changed, and how often a right one was lost; under the open protocol, if there were any
     fit_seconds, score_seconds  wall time for each edit, on average
     peak_memory_mb  the most the process held while a patch was made, in units of 10^6 bytes
     prepare_seconds  what the method computed once for the model
@@ -72,6 +84,7 @@ class ResultRow(BaseModel):
     measures: dict[str, float] = {}
     failures: dict[FailureMode, int] = {}
     unscored: int = 0
+    retained: dict[Literal["asked", "changed", "lost"], int] = {}
     fit_seconds: float | None = None
     score_seconds: float | None = None
     peak_memory_mb: float | None = None
@@ -105,6 +118,21 @@ class EditRow(BaseModel):
     said_after: str = ""
     failure: FailureMode | None = None
     reason: str = ""
+
+
+class RetainedRow(BaseModel):
+    """A question that should have been answered as before, and was not."""
+
+    model_config = ConfigDict(frozen=True)
+
+    label: str
+    dataset: str
+    moment: Moment
+    edits: tuple[str, ...]
+    prompt: str
+    before: str
+    after: str
+    lost: bool
 
 
 def labels(store: Store) -> dict[int, str]:
@@ -150,6 +178,30 @@ def edit_rows(store: Store) -> list[EditRow]:
     named = labels(store)
     found = [row for number, cell in store.cells().items() for row in _of_cell(store, number, cell, named[number])]
     return sorted(found, key=lambda row: (row.success is not None, row.success or 0.0))
+
+
+def retained_rows(store: Store) -> list[RetainedRow]:
+    """Every question that should have been answered as before and was not, under every patch; right answers lost first."""
+    named = labels(store)
+    found = [
+        RetainedRow(
+            label=named[number],
+            dataset=cell.dataset,
+            moment=moment,
+            edits=question.edits,
+            prompt=question.prompt,
+            before=question.before,
+            after=question.after,
+            lost=question.lost,
+        )
+        for number, cell in store.cells().items()
+        if cell.retain
+        for moment in _moments(store.outcomes(number))
+        if (card := store.card(number, moment)) is not None
+        for question in card.retained
+        if question.changed
+    ]
+    return sorted(found, key=lambda row: not row.lost)
 
 
 def _moments(outcomes: Sequence[StoredOutcome]) -> list[Moment]:
@@ -215,6 +267,9 @@ def _scored(card: Scorecard, row: ResultRow, protocol: ProtocolName) -> ResultRo
         for name, role in SCORES.items()
         if (interval := bootstrap(list(card.per_edit(protocol, role).values()))) is not None
     }
+    if card.retained and protocol == "open":
+        counts = {name: sum(getattr(question, name) for question in card.retained) for name in ("changed", "lost")}
+        detail["retained"] = {"asked": len(card.retained)} | counts
     return row.model_copy(update={name: getattr(summary, name) for name in SCORES} | {"intervals": intervals} | detail)
 
 

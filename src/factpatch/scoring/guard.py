@@ -12,26 +12,11 @@ from factpatch.edits import Probe
 from factpatch.lm import LM, Attachable, BaseLM
 from factpatch.lm.run import predict
 from factpatch.progress import Progress, silent
-from factpatch.scoring.metrics import same_answer
-from factpatch.scoring.protocols import says
+from factpatch.scoring.retained import Retained, retained
 
-__all__ = ["GuardReport", "Retained", "perplexity", "run_guard"]
+__all__ = ["GuardReport", "perplexity", "run_guard"]
 
 ANSWER_TOKENS = 24
-
-
-class Retained(BaseModel):
-    """A question that should be answered as before. `was_right` and `is_right` are None where no answer is known."""
-
-    model_config = ConfigDict(frozen=True)
-
-    prompt: str
-    answers: tuple[str, ...]
-    before: str
-    after: str
-    changed: bool
-    was_right: bool | None
-    is_right: bool | None
 
 
 class GuardReport(BaseModel):
@@ -55,7 +40,7 @@ class GuardReport(BaseModel):
     @property
     def lost(self) -> tuple[Retained, ...]:
         """Those answered rightly before and not any more."""
-        return tuple(question for question in self.questions if question.was_right and not question.is_right)
+        return tuple(question for question in self.questions if question.lost)
 
 
 def run_guard(
@@ -80,19 +65,8 @@ def run_guard(
     with lm.patched(*patches):
         after, after_perplexity = _ask(lm, prompts, chat=chat), perplexity(lm, neutral)
     progress("Guard: asking the edited model", 2, 2)
-    found = [
-        Retained(
-            prompt=probe.prompt,
-            answers=probe.answers,
-            before=one,
-            after=other,
-            changed=not same_answer(one, other),
-            was_right=says(probe, one, chat=chat) if probe.answers else None,
-            is_right=says(probe, other, chat=chat) if probe.answers else None,
-        )
-        for probe, one, other in zip(probes, before, after, strict=True)
-    ]
-    return GuardReport(perplexity_before=before_perplexity, perplexity_after=after_perplexity, questions=tuple(found))
+    found = retained(probes, before, after, chat=chat)
+    return GuardReport(perplexity_before=before_perplexity, perplexity_after=after_perplexity, questions=found)
 
 
 def _ask(lm: BaseLM, prompts: Sequence[str], *, chat: bool) -> list[str]:

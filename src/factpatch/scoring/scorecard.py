@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from factpatch.edits import Role
 from factpatch.scoring.failures import FailureMode
 from factpatch.scoring.protocols import ProtocolName
+from factpatch.scoring.retained import Retained
 
 __all__ = ["ProbeScore", "ScoreRole", "Scorecard", "Summary"]
 
@@ -84,6 +85,7 @@ class Summary(BaseModel):
 class Scorecard(BaseModel):
     """All probe scores of some edits, and how long it took.
 
+    retained       questions that were to be answered as before, where any were asked
     chat           whether prompts were put into the chat template
     fit_seconds    wall time of making the patches; None if they were made elsewhere
     score_seconds  wall time of asking the patched model; `baseline_seconds` of asking the unpatched one
@@ -94,6 +96,7 @@ class Scorecard(BaseModel):
     versions: dict[ProtocolName, int]
     chat: bool
     scores: tuple[ProbeScore, ...]
+    retained: tuple[Retained, ...] = ()
     fit_seconds: float | None = None
     score_seconds: float = 0.0
     baseline_seconds: float = 0.0
@@ -144,6 +147,7 @@ class Scorecard(BaseModel):
             "score_seconds": self.score_seconds,
             "baseline_seconds": self.baseline_seconds,
             "summaries": [summary.model_dump(mode="json") for summary in self.summaries()],
+            "retained": [question.model_dump(mode="json") for question in self.retained],
             "scores": [row.model_dump(mode="json", exclude_defaults=True) for row in self.scores],
         }
 
@@ -160,6 +164,7 @@ class Scorecard(BaseModel):
         return first.model_copy(
             update={
                 "scores": tuple(row for card in cards for row in card.scores),
+                "retained": tuple(question for card in cards for question in card.retained),
                 "fit_seconds": sum(fits) if fits else None,
                 "score_seconds": sum(card.score_seconds for card in cards),
                 "baseline_seconds": sum(card.baseline_seconds for card in cards),

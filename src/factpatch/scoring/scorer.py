@@ -10,13 +10,15 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from factpatch.edits import Edit, LabelledProbe
+from factpatch.edits import Edit, LabelledProbe, Probe
 from factpatch.errors import BadConfig
 from factpatch.lm import LM, Attachable, BaseLM
 from factpatch.lm.run import Sampler, generate
 from factpatch.progress import Progress, silent
+from factpatch.scoring.judge import Judge
 from factpatch.scoring.metrics import fluency
 from factpatch.scoring.protocols import PROTOCOLS, Ask, Protocol, ProtocolName, Seen
+from factpatch.scoring.retained import retained
 from factpatch.scoring.scorecard import ProbeScore, Scorecard
 
 __all__ = ["FLUENCY_TOKENS", "Scorer"]
@@ -52,6 +54,8 @@ class Scorer:
     chat       put prompts into the chat template
     seed       of the sampled text that fluency is measured on
     fluency    whether to measure it; it takes as long as all the rest, and the model must be in hand for it
+    retain     questions to ask under every patch, whose free answers should stay as they are
+    judge      a model that is asked what it thinks of each free answer
     """
 
     def __init__(
@@ -62,6 +66,8 @@ class Scorer:
         chat: bool = False,
         seed: int = 0,
         fluency: bool = True,
+        retain: Sequence[Probe] = (),
+        judge: Judge | None = None,
     ) -> None:
         in_hand = isinstance(lm, LM)
         able = [name for name, protocol in PROTOCOLS.items() if in_hand or not protocol.needs_weights]
@@ -70,7 +76,12 @@ class Scorer:
             raise ValueError("no protocol was given")
         if set(wanted) - set(able):
             raise BadConfig(f"{lm.name} can only be asked, so it can be scored under these alone: {', '.join(able)}.")
+        if (retain or judge) and "open" not in wanted:
+            raise BadConfig(
+                "Questions to retain, and a judge, need free answers.\n  Score under the open protocol too."
+            )
         self.lm, self.chat, self.seed, self.fluency = lm, chat, seed, fluency and in_hand
+        self.retain, self.judge = tuple(retain), judge
         self.protocols = [PROTOCOLS[name] for name in wanted]
         self._base = _Answers()
 
@@ -100,7 +111,8 @@ class Scorer:
         based = time.perf_counter()
         with self.lm.patched(*patches):
             (now,) = self._ask([self._questions(edits)], "Asking the edited model", progress)
-        return self._card(edits, now, time.perf_counter() - based, based - started)
+        (card,) = self._judged([self._card(edits, now, time.perf_counter() - based, based - started)])
+        return card
 
     def score_each(
         self,
@@ -127,10 +139,12 @@ class Scorer:
             )
         seconds, base_seconds = time.perf_counter() - based, based - started
         shares = [len(group) / len(every) for group in groups]
-        return [
-            self._card(group, own, seconds * share, base_seconds * share)
-            for group, own, share in zip(groups, asked, shares, strict=True)
-        ]
+        return self._judged(
+            [
+                self._card(group, own, seconds * share, base_seconds * share)
+                for group, own, share in zip(groups, asked, shares, strict=True)
+            ]
+        )
 
     def _questions(self, edits: Sequence[Edit]) -> _Questions:
         """All that is asked of a model for these edits, each thing once."""
@@ -140,6 +154,8 @@ class Scorer:
             found = [(labelled.role, protocol.ask(edit, labelled)) for edit in edits for labelled in edit.probes()]
             asks[protocol.name] = list(dict.fromkeys(ask for _, ask in found))
             compared |= {ask for role, ask in found if role == "locality"}
+        if self.retain:
+            asks["open"] = list(dict.fromkeys([*asks["open"], *map(_retaining, self.retain)]))
         return _Questions(asks, list(dict.fromkeys(edit.prompt for edit in edits)) if self.fluency else [], compared)
 
     def _known(self, name: ProtocolName, ask: Ask, wanted: _Questions) -> bool:
@@ -151,13 +167,32 @@ class Scorer:
         return is_complete or seen is None or seen.first is not None
 
     def _card(self, edits: Sequence[Edit], now: _Answers, seconds: float, baseline_seconds: float) -> Scorecard:
+        asks = [_retaining(probe) for probe in self.retain]
+        before, after = ([_text(one.asked["open", ask]) for ask in asks] for one in (self._base, now))
         return Scorecard(
             versions={protocol.name: protocol.version for protocol in self.protocols},
             chat=self.chat,
             scores=tuple(row for edit in edits for row in self._rows(edit, now)),
+            retained=retained(self.retain, before, after, chat=self.chat, edits=[edit.id for edit in edits]),
             score_seconds=round(seconds, 3),
             baseline_seconds=round(baseline_seconds, 3),
         )
+
+    def _judged(self, cards: Sequence[Scorecard]) -> list[Scorecard]:
+        """With the judge's opinion as one more measure of each free answer that is scored."""
+        if self.judge is None:
+            return list(cards)
+        rows = [row for card in cards for row in card.scores if _is_judged(row)]
+        verdicts = iter(self.judge.verdicts([(row.prompt, row.answers, row.said_after) for row in rows]))
+        judged = []
+        for card in cards:
+            scores = []
+            for row in card.scores:
+                verdict = next(verdicts) if _is_judged(row) else None
+                measures = row.measures if verdict is None else row.measures | {"judged": float(verdict)}
+                scores.append(row.model_copy(update={"measures": measures}))
+            judged.append(card.model_copy(update={"scores": tuple(scores)}))
+        return judged
 
     def _ask(
         self, groups: Sequence[_Questions], doing: str, progress: Progress, *, lanes: bool = False
@@ -240,3 +275,18 @@ class Scorer:
             "failure": protocol.failure(edit, labelled, before, after) if now < 1 else None,
         }
         return row.model_copy(update=said | scores)
+
+
+def _is_judged(row: ProbeScore) -> bool:
+    """Whether it is a free answer to compare with the right one; whether a secret was kept is not a matter of opinion."""
+    is_answer = row.role in {"edit", "rephrase", "portability"} and not row.unscored and row.after is not None
+    return row.protocol == "open" and is_answer and "secret_absent" not in row.measures
+
+
+def _retaining(probe: Probe) -> Ask:
+    return Ask("freely", probe)
+
+
+def _text(seen: Seen | None) -> str:
+    assert seen is not None  # free answers are always given
+    return seen.text
