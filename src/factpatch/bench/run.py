@@ -127,6 +127,11 @@ class Run:
             for spec in grid.methods
         ]
 
+    @property
+    def numbers(self) -> list[int]:
+        """Of its cells in the store."""
+        return [number for number, _, _, _ in self._cells]
+
     def plan(self) -> Plan:
         """How things stand."""
         costs = _Costs(self.worker.lm.fingerprint)

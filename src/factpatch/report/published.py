@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
+
+from factpatch.bench.reproduce import recipes
 
 __all__ = ["SOURCE", "Published", "published"]
 
@@ -32,15 +32,9 @@ class Published:
 
 @cache
 def published() -> dict[str, tuple[Published, ...]]:
-    """By data set."""
-    text = files("factpatch.report").joinpath("published.csv").read_text(encoding="utf-8")
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for row in csv.DictReader(text.splitlines()):
-        dataset, score = row.pop("dataset"), row.pop("score")
-        for method, value in row.items():
-            own = found.setdefault(dataset, {}).setdefault(method, {})
-            own[score] = float(value) if score == "kl" else round(float(value) / 100, 6)
-    return {
-        dataset: tuple(Published(method, **scores) for method, scores in methods.items())
-        for dataset, methods in found.items()
-    }
+    """By data set, what the recipes expect."""
+    found: dict[str, tuple[Published, ...]] = {}
+    for recipe in recipes().values():
+        scores = {score: value if score == "kl" else round(value / 100, 6) for score, value in recipe.expected.items()}
+        found[recipe.dataset] = (*found.get(recipe.dataset, ()), Published(recipe.method, **scores))
+    return found

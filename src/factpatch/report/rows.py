@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -147,12 +147,17 @@ def labels(store: Store) -> dict[int, str]:
     return named
 
 
-def result_rows(store: Store) -> list[ResultRow]:
-    """All numbers, cell by cell, `open` before `survey`; before each data set's first, those of the unedited model."""
+def result_rows(store: Store, cells: Collection[int] | None = None) -> list[ResultRow]:
+    """All numbers, cell by cell, `open` before `survey`; before each data set's first, those of the unedited model.
+
+    cells  only these, by number
+    """
     named = labels(store)
     found: list[ResultRow] = []
     told: set[tuple[str, ...]] = set()
     for number, cell in store.cells().items():
+        if cells is not None and number not in cells:
+            continue
         outcomes = store.outcomes(number)
         for moment in _moments(outcomes) or [ALONE]:
             card = store.card(number, moment)
