@@ -12,11 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from factpatch.bench import Outcome, Store
+from factpatch.errors import BadFile
 from factpatch.report import bootstrap, difference, edit_rows, result_rows, table_rows
 from factpatch.report.comparison import compare_stores
-from factpatch.report.page import as_html
+from factpatch.report.page import as_html, as_svg
 from factpatch.report.plain import as_csv, as_json, as_latex, as_markdown
 from factpatch.report.published import published
+from factpatch.report.rows import overviews
 from tests.report.conftest import CELL, card, fill
 
 
@@ -113,6 +115,39 @@ def test_markdown_lays_published_figures_beside_and_labels_them(store):
     for line in text.splitlines():
         if line.startswith("|"):
             assert line.count("|") in {10, 6}
+
+
+def test_several_data_sets_stand_in_one_overview(store, tmp_path):
+    zsre = row(store, "rome")
+    assert overviews(result_rows(store)) == [], "there is one data set only"
+    fill(store, "rome", [1.0, 0.0], dataset="wikibio", data_sha256="w" * 64, locality=0.5)
+    (shown, survey) = overviews(result_rows(store))
+    assert (shown.protocol, survey.protocol) == ("open", "survey")
+    assert shown.datasets == ("zsre", "wikibio")
+    assert "unedited" not in shown.cells
+    assert shown.cells["rome"]["zsre"] == zsre
+    assert shown.mean("rome", "edit_success") == (zsre.edit_success + 0.5) / 2
+    assert shown.mean("rome", "rephrase") is None, "nobody has any"
+    others = [label for label in shown.cells if label != "rome"]
+    assert others
+    assert shown.mean(others[0], "edit_success") is None, "it has nothing on one of them"
+    text = as_markdown(store)
+    (line,) = [
+        line
+        for line in text.partition("## Every data set: open")[2].partition("## ")[0].splitlines()
+        if line.startswith("| rome |")
+    ]
+    assert line == f"| rome | {zsre.edit_success:.2f} / {zsre.locality:.2f} | 0.50 / 0.50 |"
+    page = as_html(store)
+    assert page.count("<h2>Every data set</h2>") == 2
+    assert "mean of all data sets" in page
+    picture = as_svg(store)
+    assert picture.startswith("<svg")
+    assert "prefers-color-scheme" in picture
+    assert 'xmlns="http://www.w3.org/2000/svg"' in picture
+    assert ">rome</text>" in picture
+    with Store(tmp_path / "empty") as empty, pytest.raises(BadFile, match="nothing yet"):
+        as_svg(empty)
 
 
 def test_failures_are_counted_by_kind(store):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import typer
 from rich.table import Table
@@ -19,6 +19,7 @@ EXAMPLES = """
 
   factpatch report run                                  tables, in the terminal
   factpatch report run --format html --out report.html  one page with plots and every edit; needs no network
+  factpatch report run --out plot.svg                   its first plot, success against locality
   factpatch report run --format json | jq '.[0].edit_success'
 """
 
@@ -29,7 +30,7 @@ COMPARE_EXAMPLES = """
   factpatch compare before-run after-run --protocol survey --json
 """
 
-Format = Literal["html", "md", "latex", "csv", "json"]
+Format = Literal["html", "md", "latex", "csv", "json", "svg"]
 RunArgument = Annotated[Path, typer.Argument(help="A folder of results, as given to: factpatch bench --out")]
 
 
@@ -49,7 +50,7 @@ def report(
     from factpatch.bench import Store
     from factpatch.files import whole_file
     from factpatch.report import plain
-    from factpatch.report.page import as_html
+    from factpatch.report.page import as_html, as_svg
 
     if as_json and form not in {None, "json"}:
         raise typer.BadParameter(f"it is --format json, and --format {form} is given too", param_hint="--json")
@@ -64,6 +65,7 @@ def report(
             "latex": plain.as_latex,
             "csv": plain.as_csv,
             "json": plain.as_json,
+            "svg": as_svg,
         }
         text = makers[form or _by_name(output)](store)
     if output is None:
@@ -76,7 +78,7 @@ def report(
 
 def _by_name(output: Path | None) -> Format:
     """The format that a file's ending says."""
-    endings: dict[str, Format] = {".html": "html", ".md": "md", ".tex": "latex", ".csv": "csv", ".json": "json"}
+    endings: dict[str, Format] = {f".{form}": form for form in get_args(Format)} | {".tex": "latex"}
     ending = output.suffix.lower() if output else ""
     if ending not in endings:
         raise typer.BadParameter(f"give --format too, or a file ending in {', '.join(endings)}", param_hint="--out")

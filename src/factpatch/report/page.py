@@ -12,13 +12,23 @@ from statistics import fmean
 from typing import Any
 
 from factpatch.bench.store import Store
-from factpatch.errors import MissingExtra
+from factpatch.errors import BadFile, MissingExtra
 from factpatch.report import plots
-from factpatch.report.plain import TITLES, about, failures_of, name_of, number, retained_cells, retained_of, tables
+from factpatch.report.plain import (
+    TITLES,
+    about,
+    brief,
+    failures_of,
+    name_of,
+    number,
+    retained_cells,
+    retained_of,
+    tables,
+)
 from factpatch.report.published import SOURCE, Published, published
-from factpatch.report.rows import AT_END, SCORES, UNEDITED, ResultRow, edit_rows, result_rows, retained_rows
+from factpatch.report.rows import AT_END, SCORES, UNEDITED, ResultRow, edit_rows, overviews, result_rows, retained_rows
 
-__all__ = ["as_html"]
+__all__ = ["as_html", "as_svg"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +73,9 @@ def as_html(store: Store, title: str = "Knowledge editing, measured") -> str:
         style=own_files.joinpath("page.css").read_text(encoding="utf-8"),
         script=own_files.joinpath("page.js").read_text(encoding="utf-8"),
         about=about(rows),
+        overviews=overviews(rows),
+        titles=TITLES,
+        brief=brief,
         tables=shown,
         scores=list(SCORES),
         name_of=name_of,
@@ -78,7 +91,23 @@ def as_html(store: Store, title: str = "Knowledge editing, measured") -> str:
     return text
 
 
+def as_svg(store: Store) -> str:
+    """The first plot of the page, as a file of its own. Raises MissingExtra without Matplotlib, BadFile without results."""
+    for plot in _plots(result_rows(store)):
+        return plots.standalone(plot.svg)
+    raise BadFile(f"{store.folder}: holds nothing yet that could be drawn.\n  Go on with it: factpatch bench")
+
+
 def _plots(rows: Sequence[ResultRow]) -> Iterator[_Plot]:
+    for overview in overviews(rows):
+        both = {
+            label: (overview.mean(label, "edit_success"), overview.mean(label, "locality")) for label in overview.cells
+        }
+        points = {label: found for label, found in both.items() if None not in found}
+        if overview.protocol == "open" and points:
+            name = "Success against locality, mean of all data sets"
+            says = "Up and to the right is better: the edit took, and all else stayed. Open protocol."
+            yield _Plot(name, says, plots.scatter(points, "edit success", "locality", name))  # type: ignore[arg-type]
     edited = [row for row in rows if row.method != UNEDITED]
     for dataset, protocol, own in tables([row for row in edited if row.moment in {"alone", AT_END}]):
         points = {r.label: (r.edit_success, r.locality) for r in own if None not in {r.edit_success, r.locality}}

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from factpatch.bench.store import Store
 from factpatch.report.published import SOURCE, published
-from factpatch.report.rows import SCORES, ResultRow, RetainedRow, result_rows, retained_rows, table_rows
+from factpatch.report.rows import SCORES, ResultRow, RetainedRow, overviews, result_rows, retained_rows, table_rows
 
 __all__ = [
     "about",
@@ -17,6 +17,7 @@ __all__ = [
     "as_json",
     "as_latex",
     "as_markdown",
+    "brief",
     "cell",
     "failures_of",
     "name_of",
@@ -68,6 +69,12 @@ def as_markdown(store: Store) -> str:
     rows = result_rows(store)
     lines = ["# Results", "", *(f"- {name}: {'; '.join(values)}" for name, values in about(rows).items())]
     lines += ["- Intervals in brackets: 95 %, bootstrap over edits. Shares from 0 to 1, fluency in bits."]
+    for overview in overviews(rows):
+        lines += ["", f"## Every data set: {TITLES[overview.protocol][0].lower()}{TITLES[overview.protocol][1:]}", ""]
+        lines += ["Edit success / locality.", "", f"| method | {' | '.join(overview.datasets)} |"]
+        lines += ["| --- |" + " ---: |" * len(overview.datasets)]
+        for label, own_cells in overview.cells.items():
+            lines.append(f"| {label} | {' | '.join(brief(own_cells.get(dataset)) for dataset in overview.datasets)} |")
     for dataset, protocol, own in tables(rows):
         lines += ["", f"## {dataset}: {TITLES[protocol][0].lower()}{TITLES[protocol][1:]}", ""]
         lines += [f"| {' | '.join(HEADS)} |", "| --- |" + " ---: |" * (len(HEADS) - 1)]
@@ -90,6 +97,13 @@ def as_markdown(store: Store) -> str:
         lines += ["| method | data | edits | asked | before | after |", "| --- | --- | --- | --- | --- | --- |"]
         lines += [f"| {' | '.join(_plain(text) for text in retained_cells(row))} |" for row in changed]
     return "\n".join(lines) + "\n"
+
+
+def brief(row: ResultRow | None) -> str:
+    """Success and locality, or that nothing could be made."""
+    if row is None or not row.edits:
+        return "not made" if row is not None and row.not_made else "–"
+    return f"{number(row.edit_success, 2)} / {number(row.locality, 2)}"
 
 
 def retained_of(row: ResultRow) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from factpatch.errors import MissingExtra
 
-__all__ = ["bars", "curves", "grouped_bars", "scatter"]
+__all__ = ["bars", "curves", "grouped_bars", "scatter", "standalone"]
 
 INK = "#123456"
 """Stands for the colour of the page's text, which is not known here."""
@@ -62,6 +62,13 @@ def _bare(svg: str, title: str) -> str:
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', rf'\1 role="img" aria-label="{title}"', svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     return svg.replace(INK, "currentColor")
+
+
+def standalone(svg: str) -> str:
+    """A picture as a file of its own, which has no page to take its colour from: dark on light, or light on dark."""
+    style = "<style>svg{color:#24292f}@media (prefers-color-scheme:dark){svg{color:#d0d7de}}</style>"
+    at = svg.index(">", svg.index("<svg")) + 1
+    return svg[:at] + style + svg[at:]
 
 
 def scatter(points: Mapping[str, tuple[float, float]], x: str, y: str, title: str) -> str:

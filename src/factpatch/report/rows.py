@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
+from statistics import fmean
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -17,10 +18,12 @@ from factpatch.scoring.failures import FailureMode
 __all__ = [
     "SCORES",
     "EditRow",
+    "Overview",
     "ResultRow",
     "RetainedRow",
     "edit_rows",
     "labels",
+    "overviews",
     "result_rows",
     "retained_rows",
     "table_rows",
@@ -170,6 +173,45 @@ def result_rows(store: Store, cells: Collection[int] | None = None) -> list[Resu
                     told.add(key)
                     found.append(_unedited(card, common, protocol))
                 found.append(common if card is None else _scored(card, common, protocol))
+    return found
+
+
+class Overview(BaseModel):
+    """Every method on every data set, under one protocol.
+
+    cells  by method, then by data set; in the order of the store
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    protocol: ProtocolName
+    datasets: tuple[str, ...]
+    cells: dict[str, dict[str, ResultRow]]
+
+    def mean(self, label: str, score: str) -> float | None:
+        """Over data sets, each counting as much; None if it is missing on one that others of these methods have."""
+        values = [
+            getattr(self.cells[label].get(dataset), score, None)
+            for dataset in self.datasets
+            if any(getattr(cells.get(dataset), score, None) is not None for cells in self.cells.values())
+        ]
+        known = [value for value in values if value is not None]
+        return fmean(known) if known and len(known) == len(values) else None
+
+
+def overviews(rows: Sequence[ResultRow]) -> list[Overview]:
+    """One for each protocol, where there are several data sets; of sequences, how things are at their end."""
+    found = []
+    for protocol in dict.fromkeys(row.protocol for row in rows):
+        own = [
+            row for row in rows if row.protocol == protocol and row.moment in {ALONE, AT_END} and row.method != UNEDITED
+        ]
+        datasets = tuple(dict.fromkeys(row.dataset for row in own))
+        cells: dict[str, dict[str, ResultRow]] = {}
+        for row in own:
+            cells.setdefault(row.label, {})[row.dataset] = row
+        if len(datasets) > 1:
+            found.append(Overview(protocol=protocol, datasets=datasets, cells=cells))
     return found
 
 
