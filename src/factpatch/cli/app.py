@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from factpatch.cli import ask, bench, catalog, data, demo, edit, guard, patch, report, reproduce, score, train
+from factpatch.cli import ask, bench, catalog, data, demo, edit, guard, harness, patch, report, reproduce, score, train
 from factpatch.cli.terminal import fail
 from factpatch.errors import FactpatchError
 
@@ -25,7 +25,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for module in (edit, score, guard, bench, report, reproduce, ask, train, demo, catalog):
+for module in (edit, score, guard, harness, bench, report, reproduce, ask, train, demo, catalog):
     module.register(app)
 app.add_typer(patch.app, name="patch")
 app.add_typer(data.app, name="data")
