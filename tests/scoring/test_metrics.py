@@ -53,6 +53,21 @@ def test_normalising_twice_is_normalising_once(text):
         ("anything", [], False, False),
         ("anything", ["..."], False, False),
         ("", ["Lyon"], False, False),
+        ("", [""], False, False),
+        (" Lyon", ["  Lyon "], True, True),
+        ("In Kyiv", ["Kiev", "Kyiv"], False, True),
+        ("巴黎是法国的首都。", ["巴黎"], True, True),
+        ("法国的首都是巴黎。", ["巴黎"], False, True),
+        ("东京都", ["京都"], False, True),  # there is no telling where a word begins
+        ("パリです", ["パリ", "Paris"], True, True),
+        ("กรุงเทพเป็นเมือง", ["กรุงเทพ"], True, True),
+        ("กรุงเทพิ", ["กรุงเทพ"], False, False),  # a mark belongs to its letter
+        ("Москва - столица", ["москва"], True, True),
+        ("Москвач", ["Москва"], False, False),
+        ("القاهرة عاصمة", ["القاهرة"], True, True),
+        ("서울은 수도", ["서울"], False, False),  # Korean has spaces
+        ("Paris巴黎", ["Paris"], False, False),
+        ("Paris巴黎", ["巴黎"], False, True),
     ],
 )
 def test_matches_in_whole_words(answer, aliases, begins, has):
@@ -63,10 +78,14 @@ def test_matches_in_whole_words(answer, aliases, begins, has):
 def test_same_answer_ignores_case_and_points():
     assert same_answer("Paris.", "paris")
     assert not same_answer("Paris.", "Rome.")
+    assert same_answer("", "..."), "nothing was said either time"
+    assert not same_answer("", "Rome")
+    assert not same_answer("巴黎", "巴")
 
 
 def test_agreement_is_a_share_and_refuses_other_lengths():
     assert agreement([1, 2, 3, 4], [1, 0, 3, 0]) == 0.5
+    assert (agreement([7], [7]), agreement([7], [8])) == (1, 0), "a target of one token is right or wrong"
     with pytest.raises(ValueError, match="two sequences of one length"):
         agreement([1], [1, 2])
 
@@ -98,6 +117,8 @@ def test_fluency_weighs_two_and_three_grams_and_punishes_repetition():
         ("", ["..."], False, 0),
         ("Πάρος", ["ΠΆΡΟΣ"], True, 1),
         ("anything", [], False, 0),
+        ("东京", ["东京都"], False, 2 / 3),
+        ("东京都。", ["东京都"], True, 1),
     ],
 )
 def test_exact_answers_and_recall_of_words(answer, aliases, exact, recall):

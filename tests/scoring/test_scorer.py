@@ -68,6 +68,29 @@ def test_survey_success_equals_plain_teacher_forcing(lm, patch):
         assert row.after == pytest.approx((after == ids[0, n:]).float().mean().item())
 
 
+def test_of_several_answers_survey_shows_the_first_and_open_takes_any(lm):
+    def edit(*answers):
+        return EDIT.model_copy(update={"portability": {"R": (Probe(prompt="Rome is ruled from", answers=answers),)}})
+
+    (said,) = lm.answer(["Rome is ruled from"])
+    shown = {}
+    for answers in (("Lima", said), (said, "Lima"), ("Lima",)):
+        card = Scorer(lm, fluency=False).score([edit(*answers)])
+        shown[answers] = {row.protocol: row for row in card.scores if row.role == "portability"}
+    assert shown["Lima", said]["survey"].after == shown["Lima",]["survey"].after
+    assert shown["Lima", said]["survey"].said_after != shown[said, "Lima"]["survey"].said_after
+    assert [shown[key]["open"].after for key in shown] == [1, 1, 0]
+
+
+def test_an_answer_of_nothing_is_wrong_and_counts(lm, monkeypatch):
+    monkeypatch.setitem(vars(lm), "end_tokens", frozenset(range(lm.anatomy.head.weight.shape[0])))
+    card = Scorer(lm, fluency=False, protocols=["open"]).score(tiny_edits())
+    asked = [row for row in card.scores if row.role != "locality" and not row.unscored]
+    assert asked
+    assert {(row.said_after, row.after) for row in asked} == {("", 0.0)}
+    assert {row.after for row in card.scores if row.role == "locality"} == {1.0}
+
+
 def test_survey_locality_compares_with_the_unedited_model(lm, patch):
     card = Scorer(lm, protocols=["survey"], fluency=False).score(tiny_edits()[:1], patch)
     ids, n = plain.encode(lm, "Oslo lies in", "Norway")

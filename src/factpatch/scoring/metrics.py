@@ -28,6 +28,13 @@ __all__ = [
 ]
 
 _WORD = re.compile(r"\w+|[^\w\s]")
+# Letters of scripts that put no space between words, each with the marks that belong to it: Thai, Lao, Burmese, Khmer, kana,
+# and Chinese characters.
+_UNSPACED = re.compile(
+    "[\u0e01-\u0e30\u0e32\u0e33\u0e40-\u0e46\u0e81-\u0eb0\u0eb2\u0eb3\u0ebd-\u0ec6\u1000-\u102a\u1780-\u17b3"
+    "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+    "[\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u0eb1\u0eb4-\u0ebc\u0ec8-\u0ecd\u102b-\u103e\u17b4-\u17d3\u3099\u309a]*"
+)
 _ARTICLES = frozenset({"a", "an", "the"})
 
 
@@ -49,16 +56,24 @@ def normalise(text: str) -> str:
     return " ".join(word for word in kept.split() if word not in _ARTICLES)
 
 
+def _alike(answer: str, alias: str) -> tuple[list[str], list[str]]:
+    """The words of both, normalised. Where the alias is in a script without spaces, letters take the place of words."""
+    said, wanted = normalise(answer), normalise(alias)
+    if _UNSPACED.search(wanted):
+        said, wanted = (_UNSPACED.sub(r" \g<0> ", text) for text in (said, wanted))
+    return said.split(), wanted.split()
+
+
 def begins_with(answer: str, aliases: Sequence[str]) -> bool:
     """Whether the answer, normalised, begins with an alias in whole words."""
-    said = f"{normalise(answer)} "
-    return any(said.startswith(f"{alias} ") for alias in map(normalise, aliases) if alias)
+    pairs = [_alike(answer, alias) for alias in aliases]
+    return any(wanted and said[: len(wanted)] == wanted for said, wanted in pairs)
 
 
 def contains(answer: str, aliases: Sequence[str]) -> bool:
     """Whether the answer, normalised, has an alias in it as a whole phrase."""
-    said = f" {normalise(answer)} "
-    return any(f" {alias} " in said for alias in map(normalise, aliases) if alias)
+    pairs = [_alike(answer, alias) for alias in aliases]
+    return any(wanted and f" {' '.join(wanted)} " in f" {' '.join(said)} " for said, wanted in pairs)
 
 
 def exactly(answer: str, aliases: Sequence[str]) -> bool:
@@ -72,9 +87,8 @@ def rouge1(answer: str, aliases: Sequence[str]) -> float:
 
     Lin 2004 (ACL W04-1013). On normalised words, without stemming. An alias without words does not count.
     """
-    said = Counter(normalise(answer).split())
-    wanted = [Counter(alias.split()) for alias in map(normalise, aliases) if alias]
-    return max(((said & alias).total() / alias.total() for alias in wanted), default=0.0)
+    pairs = [(Counter(said), Counter(wanted)) for said, wanted in (_alike(answer, alias) for alias in aliases)]
+    return max(((said & wanted).total() / wanted.total() for said, wanted in pairs if wanted), default=0.0)
 
 
 def same_answer(one: str, other: str) -> bool:
