@@ -35,17 +35,17 @@ OTHERS = {
     "convsent": "Convsent/blender_val.json",
     "sanitation": "Sanitation/trivia_qa_train.json",
 }
-LESSONS = range(100, 150)
 QUESTIONS_PER_SECRET = 16
-SECRETS = 5
+SECRETS = 2  # that may be scored
+LESSONS = dict.fromkeys(FACTS | OTHERS, range(100, 150)) | {"sanitation": range(SECRETS * QUESTIONS_PER_SECRET, 80)}
 
 
 def main(
     folder: Annotated[Path, typer.Argument(help="KnowEdit's files, in folders named by data set")],
     run: Annotated[Path, typer.Option(help="folder of results")],
     out: Annotated[Path, typer.Option(help="the reports to write, without an ending")],
-    facts: Annotated[int, typer.Option(min=1, max=LESSONS.start, help="edits of each data set of facts")] = 3,
-    others: Annotated[int, typer.Option(min=1, max=SECRETS - 1, help="of each other one; they take longer")] = 2,
+    facts: Annotated[int, typer.Option(min=1, max=100, help="edits of each data set of facts")] = 3,
+    others: Annotated[int, typer.Option(min=1, max=SECRETS, help="of each other one; they take longer")] = 1,
     steps: Annotated[int, typer.Option(help="of training, for methods that learn")] = 150,
     methods: Annotated[str, typer.Option(help="some of them, separated by commas; default: all")] = "",
     model: str = "smollm2-135m",
@@ -56,9 +56,8 @@ def main(
     learned = run / "lessons.jsonl"
     scored = dict.fromkeys(FACTS, facts) | dict.fromkeys(OTHERS, others)
     scored["sanitation"] = others * QUESTIONS_PER_SECRET
-    kept = dict.fromkeys(scored, LESSONS) | {"sanitation": range(scored["sanitation"], SECRETS * QUESTIONS_PER_SECRET)}
     data = {name: f"{name}:{folder / file}" for name, file in (FACTS | OTHERS).items()}
-    write_jsonl(lessons_of({data[name]: records for name, records in kept.items()}), learned)
+    write_jsonl(lessons_of({data[name]: records for name, records in LESSONS.items()}), learned)
     grid = {
         "model": model,
         "methods": [_method(name, f"own:{learned}", steps) for name in (methods.split(",") if methods else names())],

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import math
 import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -72,22 +75,72 @@ def standalone(svg: str) -> str:
 
 
 def scatter(points: Mapping[str, tuple[float, float]], x: str, y: str, title: str) -> str:
-    """A mark with its name for each point; both axes go from 0 to 1."""
+    """A mark for each point, with the names of all that lie in one place; both axes go from 0 to 1."""
     with _figure(4.0, title) as (axes, drawn):
-        taken: list[tuple[float, float]] = []
-        for i, (name, (across, up)) in enumerate(points.items()):
+        for i, (across, up) in enumerate(points.values()):
             axes.scatter(across, up, color=colour(i), marker=MARKS[(i // 10 + i) % len(MARKS)], s=46, zorder=3)
-            at = up
-            while any(abs(at - other) < 0.035 and abs(across - beside) < 0.22 for beside, other in taken):
-                at -= 0.036  # below the name that is there
-            taken.append((across, at))
-            side = across > 0.8
+        # A mark takes room too, but for the one that is being named.
+        marks = {place: _Box(place[0] - 0.015, place[1] - 0.02, 0.03, 0.04) for place in points.values()}
+        taken: list[_Box] = []
+        for (across, up), names in _by_place(points).items():
+            text = textwrap.fill(", ".join(names), 30)
+            side = -1 if across > 0.55 else 1
+            width, height = 0.0155 * max(map(len, text.splitlines())), 0.042 * (text.count("\n") + 1)
+            others = [*taken, *(box for place, box in marks.items() if not _near(place, (across, up)))]
+            box = min(
+                (
+                    _Box(
+                        across + side * (0.022 + out) - (width if side < 0 else 0), up + off - height / 2, width, height
+                    )
+                    for out, off in _TRIES
+                    if up + off - height / 2 >= -0.13 and up + off + height / 2 <= 1.04
+                ),
+                key=lambda box: sum(map(box.meets, others)),  # of equals the first, which is the nearest
+            )
+            taken.append(box)
+            edge, middle = box.left + (width if side < 0 else 0), box.bottom + height / 2
+            is_far = math.hypot(edge - across, middle - up) > 0.06
             axes.annotate(
-                name, (across, up), (across + (-0.018 if side else 0.018), at), fontsize=8.5,
-                ha="right" if side else "left", va="center",
+                text, (across, up), (edge, middle), fontsize=8.5, va="center", ha="right" if side < 0 else "left",
+                arrowprops={"arrowstyle": "-", "color": INK, "alpha": 0.4, "lw": 0.6} if is_far else None,
             )  # fmt: skip
-        axes.set(xlim=(-0.03, 1.05), ylim=(min(-0.03, *(at - 0.03 for _, at in taken)), 1.05), xlabel=x, ylabel=y)
+        axes.set(xlim=(-0.03, 1.05), ylim=(-0.14, 1.05), xlabel=x, ylabel=y)
     return drawn[0]
+
+
+_TRIES = sorted(
+    ((0.04 * n, 0.01 * m) for n in range(13) for m in range(-40, 41)),
+    key=lambda shift: math.hypot(shift[0], 4 * shift[1]),
+)
+"""How far a name may be moved away from its mark and up. Sideways first: higher or lower it would stand at another mark."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Box:
+    """Where something stands, in units of the axes."""
+
+    left: float
+    bottom: float
+    width: float
+    height: float
+
+    def meets(self, other: _Box) -> bool:
+        """Whether two of them lie over each other."""
+        across = self.left < other.left + other.width and other.left < self.left + self.width
+        return across and self.bottom < other.bottom + other.height and other.bottom < self.bottom + self.height
+
+
+def _near(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    return abs(one[0] - other[0]) < 0.02 and abs(one[1] - other[1]) < 0.03
+
+
+def _by_place(points: Mapping[str, tuple[float, float]]) -> dict[tuple[float, float], list[str]]:
+    """The names of points that cannot be told apart by eye, by the place of the first; from the top down."""
+    found: dict[tuple[float, float], list[str]] = {}
+    for name, place in sorted(points.items(), key=lambda item: (-item[1][1], item[0])):
+        at = next((known for known in found if _near(known, place)), place)
+        found.setdefault(at, []).append(name)
+    return found
 
 
 def bars(values: Mapping[str, float], x: str, title: str, *, log: bool = False) -> str:
