@@ -115,3 +115,14 @@ def test_without_a_folder_they_can_only_be_listed(knowedit):
     assert {row["methods"][0]["name"] for row in json.loads(out)} == {"mend"}
     assert "96.77" in run("reproduce", "--list")[1].replace("\n", " ")
     assert run("reproduce", knowedit)[0] == 2
+
+
+@pytest.mark.real
+def test_they_run_on_the_default_model(knowedit, tmp_path):
+    small = ["-m", "smollm2-135m", "--limit", "1", "--recipe", "zsre-ft-m", "--recipe", "zsre-ice"]
+    code, out, _ = run("reproduce", knowedit, *small, "--out", tmp_path / "run", "--json")
+    assert code == 0
+    rows = {(row["recipe"], row["score"]): row for row in json.loads(out)}
+    assert {row["model"] for row in rows.values()} == {"smollm2-135m"}
+    assert rows["zsre-ft-m", "edit_success"]["measured"] == 100.0
+    assert 0 < rows["zsre-ice", "fluency"]["measured"] < 700
