@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from factpatch.bench.grid import Grid
+from factpatch.bench.grid import Grid, MethodSpec
 from factpatch.bench.outcome import Outcome
 from factpatch.bench.run import Run, Turn
 from factpatch.bench.work import Worker
@@ -68,6 +68,7 @@ class _Cluster:
         self.workers = workers or max(1, int(has.get(kind, 1)))
         self.idle: list[Any] = []
         self.busy: dict[Any, tuple[Any, Turn]] = {}
+        self.prepared: list[MethodSpec] = []
         self.tries: Counter[tuple[int, tuple[int, ...]]] = Counter()
 
     def go(self, progress: Progress) -> None:
@@ -77,7 +78,7 @@ class _Cluster:
         while waiting or self.busy:
             progress(doing, every - left, every)
             while waiting and len(self.busy) < self.workers:
-                self._give(waiting.popleft())
+                self._give(self._next(waiting))
             if not self.busy:
                 continue
             (done,), _ = self.ray.wait(list(self.busy), num_returns=1)
@@ -88,6 +89,13 @@ class _Cluster:
             else:
                 waiting.appendleft(turn)
         progress(doing, every, every)
+
+    def _next(self, waiting: deque[Turn]) -> Turn:
+        """The first, but rather none whose method another worker is still preparing: it would only wait for that."""
+        preparing = [turn.spec for _, turn in self.busy.values() if turn.spec not in self.prepared]
+        turn = next((turn for turn in waiting if turn.spec not in preparing), waiting[0])
+        waiting.remove(turn)
+        return turn
 
     def _give(self, turn: Turn) -> None:
         if turn.cell in self.run.failed:
@@ -113,6 +121,7 @@ class _Cluster:
             self.run.fail(turn, error)
         else:
             self.run.add(turn, prepared, outcomes)
+            self.prepared.append(turn.spec)
         return True
 
 
