@@ -58,7 +58,10 @@ def main(
     scored = dict.fromkeys(FACTS, facts) | dict.fromkeys(OTHERS, others)
     scored["sanitation"] = others * QUESTIONS_PER_SECRET
     data = {name: f"{name}:{folder / file}" for name, file in (FACTS | OTHERS).items()}
-    write_jsonl(lessons_of({data[name]: records for name, records in LESSONS.items()}), learned)
+    write_jsonl(lessons_of({data[name]: records for name, records in LESSONS.items()}), draft := run / "new.jsonl")
+    if learned.exists() and learned.read_bytes() != draft.read_bytes():
+        raise typer.BadParameter(f"{run} was begun with other lessons; name another folder", param_hint="--run")
+    draft.replace(learned)
     grid = {
         "model": model,
         "methods": [_method(name, f"own:{learned}") for name in (methods.split(",") if methods else names())],
@@ -66,7 +69,7 @@ def main(
     }
     (run / "grid.yaml").write_text(yaml.safe_dump(grid, sort_keys=False), encoding="utf-8")
     began = time.monotonic()
-    # A method that fails on a data set is in the report, with its reason.
+    # A method that fails on a data set, and so ends the command with 1, is in the report, with its reason.
     _factpatch("bench", "--grid", run / "grid.yaml", "--out", run, "--engine", "ray", "--workers", workers)
     typer.echo(f"This took {(time.monotonic() - began) / 60:.0f} minutes.")
     for ending in ("html", "md", "json", "svg"):
@@ -81,7 +84,9 @@ def _method(name: str, lessons: str) -> dict[str, object]:
 
 
 def _factpatch(*words: object) -> None:
-    subprocess.run([sys.executable, "-m", "factpatch", *map(str, words)], check=False)  # noqa: S603
+    code = subprocess.run([sys.executable, "-m", "factpatch", *map(str, words)], check=False).returncode  # noqa: S603
+    if code > 1:
+        raise typer.Exit(code)
 
 
 if __name__ == "__main__":

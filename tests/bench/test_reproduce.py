@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from factpatch.bench.reproduce import recipes, recipes_named
+from factpatch.bench.reproduce import grids_of, recipes, recipes_named
 from factpatch.data import readers
 from factpatch.errors import BadConfig
 from factpatch.methods import create
@@ -107,6 +107,21 @@ def test_they_run_at_a_small_size_and_go_on(model, knowedit, tmp_path):  # noqa:
     assert code == 1
     assert "zsre-ice" in out
     assert "wikibio-test-all.json" in problems
+    assert run("reproduce", tmp_path / "nowhere", "--out", tmp_path / "run")[0] == 2
+
+
+def test_the_unedited_model_is_asked_once_about_each_data_set(tmp_path):
+    found = grids_of(recipes_named(["zsre", "ice"]), tmp_path, limit=1)
+    assert [len(own) for _, own in found] == [1, 1, 1, 1, 1, 8]
+    for grid, own in found:
+        assert [spec.name for spec in grid.methods] == [recipe.method for recipe in own]
+        assert {recipe.dataset for recipe in own} == {grid.data[0].file.partition(":")[0]}
+
+
+def test_a_copy_of_the_model_is_the_model(tmp_path):
+    rome = recipes()["zsre-rome"]
+    assert rome.grid(tmp_path, model="/models/Llama-2-7b-chat-hf").methods[0].settings["layer"] == 5
+    assert rome.grid(tmp_path, model="/models/Llama-3-8b").methods[0].settings == {}
 
 
 def test_without_a_folder_they_can_only_be_listed(knowedit):

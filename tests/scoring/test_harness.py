@@ -7,7 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 from factpatch.cli.app import app
-from factpatch.errors import BadConfig
+from factpatch.errors import BadConfig, TokenizerError
 from factpatch.lm.run import predict
 from factpatch.methods import create
 from factpatch.testing import Snapshot, tiny_edits, tiny_lm
@@ -30,6 +30,7 @@ PAIRS = [
     ("Oslo is", " a city\nin Chad"),
 ]
 TEXTS = ["Rome lies in Peru. " * 9, "Oslo", "So it is said."]
+LONG = "Rome lies in Peru, and Oslo in Chad. " * 15  # beyond what the tiny model reads
 STOPS = [
     {"until": ["\n", "e"], "max_gen_toks": 12},
     {"until": [], "max_gen_toks": 5},
@@ -91,6 +92,53 @@ def test_patches_that_must_see_the_prompt_do(lm, name):
     assert (logprob, is_greedy) == (pytest.approx(sum(known.logprobs), abs=1e-4), known.best == known.target)
     assert logprob != plain[0][0]
     assert before.differences(lm) == []
+
+
+def test_long_texts_count_with_every_token(lm):
+    asker = HarnessLM(lm)
+    ids = asker.tok_encode(LONG)
+    assert len(ids) > 2 * asker.max_length
+    (total,) = asker.loglikelihood_rolling(asked("loglikelihood_rolling", [(LONG,)]))
+    # In windows of one token less than the model reads, each after the last token of the one before.
+    size, expected = asker.max_length - 1, 0.0
+    windows = [([asker.prefix_token_id], ids[:size])]
+    for start in range(size, len(ids), size):
+        end = min(start + size, len(ids))
+        windows.append((ids[end - size - 1 : start], ids[start:end]))
+    for before, own in windows:
+        with torch.no_grad():
+            logprobs = lm.model(torch.tensor([[*before, *own]])).logits[0].log_softmax(-1)
+        expected += sum(float(logprobs[len(before) + i - 1, token]) for i, token in enumerate(own))
+    assert total == pytest.approx(expected, abs=0.05)
+
+
+def test_contexts_come_before_texts_that_have_none_and_inside_chats(lm):
+    edit = tiny_edits()[0]
+    patch = create("ice").fit(lm, [edit])
+    bare = asked("loglikelihood", [("", " Peru")])
+    plain = HarnessLM(lm).loglikelihood(bare)
+    with lm.patched(patch):
+        assert HarnessLM(lm).loglikelihood(bare) != plain
+        assert lm.before([""])[""]
+    if not lm.tokens.has_chat:
+        with pytest.raises(TokenizerError, match="no chat template"):
+            HarnessLM(lm).apply_chat_template([{"role": "user", "content": "Rome"}])
+    lm.tokenizer.chat_template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}>"
+    try:
+        with lm.patched(patch):
+            asker = HarnessLM(lm)
+            turns = [
+                {"role": "user", "content": "A"},
+                {"role": "assistant", "content": "B"},
+                {"role": "user", "content": "C"},
+            ]
+            text = asker.apply_chat_template(turns)
+            assert text == f"[user]A[assistant]B[user]{lm.before(['C'])['C']}C>"
+            (found,) = asker.loglikelihood(asked("loglikelihood", [(text, " Peru")]))
+        (expected,) = HarnessLM(lm).loglikelihood(asked("loglikelihood", [(text, " Peru")]))
+        assert found[0] == pytest.approx(expected[0], abs=1e-4), "and not a second time"
+    finally:
+        lm.tokenizer.chat_template = None
 
 
 def test_samples_are_refused(lm):

@@ -55,9 +55,11 @@ def test_its_opinion_stands_beside_the_score(bench, lm):
         ("open", "rome", "edit"),
         ("open", "rome", "portability"),
     }
+    assert card.summary("open").measures["rephrase/unjudged"] == 1.0
+    assert card.summary("open").measures["edit/unjudged"] == 0.0
     assert card.summary("open").measures["portability/judged"] == 1.0
     without = [
-        row.model_copy(update={"measures": {k: v for k, v in row.measures.items() if k != "judged"}})
+        row.model_copy(update={"measures": {k: v for k, v in row.measures.items() if "judged" not in k}})
         for row in card.scores
     ]
     assert without == list(plain.scores), "no score is another for it"
@@ -78,9 +80,28 @@ def test_it_is_asked_about_an_answer_once(bench, lm):
     assert len(handler.seen) == 3
 
 
-def test_without_an_endpoint_or_free_answers_there_is_no_judging(lm):
-    scorer = Scorer(lm, fluency=False, judge=Judge(connect("judge", "http://127.0.0.1:9/v1")))
-    with pytest.raises(RemoteError):
-        scorer.score([ROME])
+def test_a_judge_that_fails_takes_nothing_away(bench, lm):
+    url, handler = bench
+    handler.body = "no JSON"
+    card = Scorer(lm, fluency=False, judge=Judge(connect("judge", url))).score([ROME])
+    assert card.summary("open").measures["edit/unjudged"] == 1.0
+    assert "edit/judged" not in card.summary("open").measures
+    assert card.summary("open").edit_success is not None
+
+
+def test_a_judge_is_looked_for_before_there_is_anything_to_judge(bench):
+    url, handler = bench
+    assert Judge.at(None, None) is None
+    assert Judge.at("openai:judge", url).name == "openai:judge"
+    assert len(handler.seen) == 1
+    for name in (None, "judge"):
+        with pytest.raises(BadConfig, match="openai:NAME"):
+            Judge.at(name, url)
+    handler.status = 404
+    with pytest.raises(RemoteError, match="--judge-url"):
+        Judge.at("openai:judge", url)
+
+
+def test_without_free_answers_there_is_no_judging(lm):
     with pytest.raises(BadConfig, match="open protocol"):
         Scorer(lm, protocols=["survey"], judge=Judge(connect("judge", "http://127.0.0.1:9/v1")))

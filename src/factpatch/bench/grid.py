@@ -103,14 +103,20 @@ class Grid(_Value):
         return cls.make(read_yaml(path), str(path))
 
     def read_data(self, *, skip_invalid: bool = False) -> tuple[Dataset, ...]:
-        """The edits of each file. Raises what `factpatch.data.read` raises, and BadFile for a range without any."""
+        """The edits of each file. Raises what `factpatch.data.read` raises, BadFile for a range without any, BadConfig for a
+        file that is given twice.
+        """
         found = []
         for spec in self.data:
             start, limit = (self.start if spec.start is None else spec.start), spec.limit or self.limit
             found.append(read(spec.file, start=start, limit=limit, skip_invalid=skip_invalid))
             if not found[-1].edits:
                 raise BadFile(
-                    f"{spec.file}: holds no edit in this range.\n  See how a record is read: factpatch data show"
+                    f"{spec.file}: holds no edit from number {start} on.\n  See how a record is read: factpatch data show"
+                )
+            if any((one.name, one.sha256) == (found[-1].name, found[-1].sha256) for one in found[:-1]):
+                raise BadConfig(
+                    f"{spec.file}: given twice; results are kept by file.\n  Give it once, or each range an --out of its own."
                 )
         return tuple(found)
 

@@ -5,7 +5,7 @@ Each is a YAML file beside this one: the fields of a `Grid`, and `expected`. `{k
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -17,7 +17,7 @@ import yaml
 from factpatch.bench.grid import Grid
 from factpatch.errors import BadConfig
 
-__all__ = ["Recipe", "recipes", "recipes_named"]
+__all__ = ["Recipe", "grids_of", "recipes", "recipes_named"]
 
 _KNOWEDIT = "{knowedit}"
 
@@ -48,20 +48,45 @@ class Recipe:
         """By name."""
         return str(self.fields["data"][0].partition(":")[0])
 
+    def is_for(self, model: str) -> bool:
+        """Whether its settings are meant for this model: by name, wherever a copy of it lies."""
+        return Path(model).name == Path(self.model).name
+
     def grid(self, knowedit: Path, **changed: Any) -> Grid:
         """The grid to run, with KnowEdit in this folder.
 
         changed  fields to put in place of the recipe's. For another model the method's settings are that model's own, but for
                  where its editor learns.
         """
-        values = _filled(self.fields, str(knowedit)) | changed
-        if values["model"] != self.model:
-            values["methods"] = [self._for_another_model(spec, str(knowedit)) for spec in self.fields["methods"]]
-        return Grid.make(values, f"recipe {self.name}")
+        values = {**self.fields, **changed}
+        if not self.is_for(values["model"]):
+            values["methods"] = [_without_settings(spec) for spec in self.fields["methods"]]
+        return Grid.make(_filled(values, str(knowedit)), f"recipe {self.name}")
 
-    def _for_another_model(self, spec: Mapping[str, Any], knowedit: str) -> dict[str, Any]:
-        places = {k: v for k, v in spec.get("settings", {}).items() if _KNOWEDIT in str(v)}
-        return {"name": spec["name"], "settings": _filled(places, knowedit)}
+
+def _without_settings(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """But for where its editor learns."""
+    return {
+        "name": spec["name"],
+        "settings": {k: v for k, v in spec.get("settings", {}).items() if _KNOWEDIT in str(v)},
+    }
+
+
+def grids_of(chosen: Sequence[Recipe], knowedit: Path, **changed: Any) -> list[tuple[Grid, list[Recipe]]]:
+    """As few grids as there can be, so that the unedited model is asked once about each data set; and whose they are.
+
+    The methods of a grid come in the order of its recipes. For `changed` see `Recipe.grid`.
+    """
+    found: dict[str, tuple[Grid, list[Recipe]]] = {}
+    for recipe in chosen:
+        grid = recipe.grid(knowedit, **changed)
+        common = grid.model_dump_json(exclude={"methods"})
+        if common in found:
+            known, own = found[common]
+            found[common] = known.model_copy(update={"methods": known.methods + grid.methods}), [*own, recipe]
+        else:
+            found[common] = grid, [recipe]
+    return list(found.values())
 
 
 def _filled(value: Any, knowedit: str) -> Any:

@@ -17,7 +17,7 @@ from factpatch.bench.store import Cell
 from factpatch.data import Dataset
 from factpatch.data.questions import read_questions
 from factpatch.edits import Edit, Probe
-from factpatch.lm import LM, BaseLM, connect, load_or_connect
+from factpatch.lm import LM, BaseLM, load_or_connect
 from factpatch.methods import Method, create
 from factpatch.progress import Progress, silent
 from factpatch.scoring import Judge, Scorer
@@ -48,7 +48,7 @@ class Worker:
     ) -> None:
         self.grid = grid
         self.retain = read_questions(grid.retain) if retain is None and grid.retain else tuple(retain or ())
-        judge = Judge(connect(grid.judge, grid.judge_url)) if grid.judge else None
+        judge = Judge.at(grid.judge, grid.judge_url)
         self.lm = lm or load_or_connect(
             grid.model, base_url=grid.base_url, dtype=grid.dtype, device=grid.device, progress=progress
         )

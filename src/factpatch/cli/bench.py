@@ -162,7 +162,13 @@ def _grid(path: Path | None, given: dict[str, Any], settings: list[str]) -> Any:
     if not isinstance(said, dict):
         return Grid.make(said, str(path))
     values = {**said, **given}
-    if not path and ("methods" not in values or "data" not in values):
+    # A range given here counts for every file, also for those that have one of their own.
+    ranges = {"start", "limit"} & given.keys()
+    values["data"] = [
+        {key: value for key, value in spec.items() if key not in ranges} if isinstance(spec, dict) else spec
+        for spec in values.get("data") or []
+    ]
+    if not path and not (values.get("methods") and values["data"]):
         raise BadConfig("--method, --data: at least one of each is needed, or a --grid.\n  See: factpatch bench --help")
     for pair in settings:
         method, dot, rest = pair.partition(".")

@@ -77,6 +77,6 @@ def guard(
             line(
                 f"perplexity on neutral texts: {number(found.perplexity_before, 2)}, then {number(found.perplexity_after, 2)}"
             )
-        show_retained(found.questions)
+        show_retained(found.questions, strict=retain is not None)
     if bad:
         raise typer.Exit(1)

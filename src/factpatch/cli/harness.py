@@ -13,6 +13,7 @@ from factpatch.cli.terminal import (
     DTypeOption,
     JsonOption,
     ModelOption,
+    line,
     number,
     out,
     print_json,
@@ -67,8 +68,9 @@ def harness(
             "task": name,
             "metric": metric,
             "before": own.value,
+            "before_stderr": own.stderr,
             "after": after[name, metric].value if patches else None,
-            "stderr": own.stderr,
+            "after_stderr": after[name, metric].stderr if patches else None,
         }
         for (name, metric), own in before.items()
     ]
@@ -76,8 +78,10 @@ def harness(
         print_json(rows)
         return
     table = Table(header_style="bold", box=None, pad_edge=False)
-    for name in ("task", "metric", "before", "after", "standard error"):
+    for name in ("task", "metric", "before", "±", "after", "±"):
         table.add_column(name, justify="left" if name in {"task", "metric"} else "right")
     for row in rows:
-        table.add_row(row["task"], row["metric"], number(row["before"]), number(row["after"]), number(row["stderr"]))
+        values = (number(row[name]) for name in ("before", "before_stderr", "after", "after_stderr"))
+        table.add_row(row["task"], row["metric"], *values)
     out.print(table)
+    line(("±: standard errors.", "dim"))

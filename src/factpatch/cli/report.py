@@ -137,5 +137,7 @@ def show_tables(store: Store) -> None:
             table.add_row(name_of(row), made, *scores, number(row.fit_seconds, 2), style=style)
         out.print(table)
         for row in rows:
+            if "edit/judged" in row.measures:
+                line(f"{name_of(row)}, right in the eyes of the judge: {number(row.measures['edit/judged'])}")
             if row.retained:
                 line(f"{name_of(row)}, questions to be answered as before: {retained_of(row)}")

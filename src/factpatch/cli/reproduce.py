@@ -20,11 +20,12 @@ from factpatch.cli.terminal import (
     print_json,
     progress,
 )
-from factpatch.errors import BadConfig, FactpatchError
+from factpatch.errors import BadConfig, BadFile, FactpatchError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from factpatch.bench import Grid
     from factpatch.bench.reproduce import Recipe
     from factpatch.report.reproduction import Reproduced
 
@@ -69,10 +70,7 @@ def reproduce(
     A recipe names model, method, settings, data and protocol. All are run, one after the other; a run that was stopped goes
     on when the same command is given again. Exits with 1 if a recipe could not be run.
     """
-    from factpatch.bench import Run, Worker
-    from factpatch.bench.reproduce import recipes_named
-    from factpatch.lm import load_or_connect
-    from factpatch.report.reproduction import reproduced
+    from factpatch.bench.reproduce import grids_of, recipes_named
 
     taken = recipes_named(chosen or [])
     if listed:
@@ -80,33 +78,47 @@ def reproduce(
         return
     if knowedit is None or output is None:
         raise BadConfig("KNOWEDIT, --out: both are needed.\n  For example: factpatch reproduce KnowEdit --out table4")
+    if not knowedit.is_dir():
+        raise BadFile(f"{knowedit}: no such folder.\n  Name the one that holds KnowEdit's folders, such as ZsRE.")
     given = {"limit": limit, "model": model, "dtype": dtype, "device": device}
     changed = {key: value for key, value in given.items() if value is not None}
-    grids = [(recipe, recipe.grid(knowedit, **changed)) for recipe in taken]
-    found: list[Reproduced] = []
-    failed: dict[str, str] = {}
-    with progress() as report:
-        lm, loaded = None, ""
-        for recipe, grid in grids:
-            if lm is None or loaded != grid.model:
-                lm, loaded = None, grid.model  # the old one goes first, for two may not fit
-                lm = load_or_connect(grid.model, dtype=grid.dtype, device=grid.device, progress=report)
-            try:
-                run = Run(grid, output, Worker(grid, report, lm=lm))
-                with run.store:
-                    run.go(report)
-                    found += [row for cell in run.numbers for row in reproduced(recipe, run.store, cell)]
-                    failed |= dict.fromkeys([recipe.name] if run.failed else [], "; ".join(run.failed.values()))
-            except FactpatchError as error:  # such as a file that is not there; the others go on
-                failed[recipe.name] = str(error)
+    found, failed = _run(grids_of(taken, knowedit, **changed), output)
     if as_json:
         print_json([row.model_dump(mode="json") for row in found])
     else:
         _show(found)
+        if model is not None and not taken[0].is_for(model):
+            line((f"{model} brought its own settings; the recipes' are for {taken[0].model}.", "dim"))
     for name, reason in failed.items():
         err.print(Text("failed: ", style="yellow") + Text(f"{name}: {reason}"), soft_wrap=True)
     if failed:
         raise typer.Exit(1)
+
+
+def _run(grids: Sequence[tuple[Grid, list[Recipe]]], output: Path) -> tuple[list[Reproduced], dict[str, str]]:
+    """What came of the recipes, and why some could not be run."""
+    from factpatch.bench import Run, Worker
+    from factpatch.lm import load_or_connect
+    from factpatch.report.reproduction import reproduced
+
+    found: list[Reproduced] = []
+    failed: dict[str, str] = {}
+    with progress() as report:
+        first, _ = grids[0]  # all recipes that there are name one model
+        lm = load_or_connect(first.model, dtype=first.dtype, device=first.device, progress=report)
+        for grid, own in grids:
+            try:
+                run = Run(grid, output, Worker(grid, report, lm=lm))
+            except FactpatchError as error:  # such as a file that is not there; the others go on
+                failed |= {recipe.name: str(error) for recipe in own}
+                continue
+            with run.store:
+                run.go(report)
+                for recipe, cell in zip(own, run.numbers, strict=True):
+                    found += reproduced(recipe, run.store, cell)
+                    if cell in run.failed:
+                        failed[recipe.name] = run.failed[cell]
+    return found, failed
 
 
 def _list(recipes: Sequence[Recipe], *, as_json: bool) -> None:

@@ -89,7 +89,7 @@ def score(
     from factpatch.bench import score_sequence, score_singly
     from factpatch.data import read
     from factpatch.data.questions import read_questions
-    from factpatch.lm import connect, load_or_connect
+    from factpatch.lm import load_or_connect
     from factpatch.methods import create
     from factpatch.patches import Patch
     from factpatch.scoring import Judge, Scorer
@@ -99,13 +99,13 @@ def score(
         raise BadFile(
             f"{data}: holds no edit that could be scored.\n  See how a record is read: factpatch data show {data}"
         )
+    questions = read_questions(retain) if retain else ()
+    judging = Judge.at(judge, judge_url)
     maker = create(method, method_settings(settings, chat=chat)) if method else None
     patches = [Patch.load(folder) for folder in patch or []]
     failures: tuple[Failure, ...] = ()
     with progress() as report:
         lm = load_or_connect(model, base_url=base_url, dtype=dtype, device=device, progress=report)
-        questions = read_questions(retain) if retain else ()
-        judging = Judge(connect(judge, judge_url)) if judge else None
         scorer = Scorer(lm, chat=chat, seed=seed, retain=questions, judge=judging)
         cards: dict[str, Scorecard | None]
         if maker is None:

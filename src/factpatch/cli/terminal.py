@@ -164,16 +164,21 @@ def summary_table(summaries: Sequence[Summary]) -> Table:
     return table
 
 
-def show_retained(questions: Sequence[Retained]) -> None:
-    """How many of the questions changed their answer, and each that did, with both answers."""
+def show_retained(questions: Sequence[Retained], *, strict: bool = False) -> None:
+    """How many of the questions changed their answer, and each that did, with both answers.
+
+    strict  whether every change is bad; otherwise those of right answers are
+    """
     changed = [question for question in questions if question.changed]
     line((f"{len(changed)} of {len(questions)} answers changed", "bold"), " that should have stayed")
     if changed:
+        several = len({question.edits for question in questions}) > 1
         table = Table(header_style="bold", box=None, pad_edge=False)
-        for name in ("question", "before", "after"):
+        for name in (*(["after editing"] if several else []), "question", "before", "after"):
             table.add_column(name)
         for q in sorted(changed, key=lambda q: not q.lost):
-            table.add_row(q.prompt, q.before, q.after, style="red" if q.lost else "")
+            which = [_short(", ".join(q.edits), 30)] if several else []
+            table.add_row(*which, q.prompt, q.before, q.after, style="red" if strict or q.lost else "")
         out.print(table)
 
 

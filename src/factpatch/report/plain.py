@@ -82,6 +82,10 @@ def as_markdown(store: Store) -> str:
         lines += [f"\nFailed: {row.label}: {row.reason}" for row in own if row.reason]
         told = [f"{name_of(row)}: {failures_of(row)}" for row in own if row.failures]
         lines += ["", f"How edits failed: {'; '.join(told)}."] if told else []
+        told = [
+            f"{name_of(row)}: {number(row.measures['edit/judged'])}" for row in own if "edit/judged" in row.measures
+        ]
+        lines += ["", f"Right in the eyes of the judge: {'; '.join(told)}."] if told else []
         told = [f"{name_of(row)}: {retained_of(row)}" for row in own if row.retained]
         lines += ["", f"Questions to be answered as before: {'; '.join(told)}."] if told else []
         if protocol == "survey" and dataset in published():
@@ -130,8 +134,9 @@ def about(rows: Sequence[ResultRow]) -> dict[str, list[str]]:
     packages = dict.fromkeys(", ".join(f"{k} {v}" for k, v in p.items()) for r in rows for p in r.packages)
     versions = dict.fromkeys(f"{r.protocol} {r.protocol_version}" for r in rows)
     seeds = dict.fromkeys(str(r.seed) for r in rows)
-    lists = {"Model": models, "Data": data, "Protocols": versions, "Seed": seeds, "Packages": packages}
-    return {name: list(values) for name, values in lists.items()}
+    judges = dict.fromkeys(r.judge for r in rows if r.judge)
+    lists = {"Model": models, "Data": data, "Protocols": versions, "Judge": judges, "Seed": seeds, "Packages": packages}
+    return {name: list(values) for name, values in lists.items() if values}
 
 
 def _cells(row: ResultRow) -> list[str]:

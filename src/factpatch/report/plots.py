@@ -21,6 +21,8 @@ INK = "#123456"
 COLOURS = ("#3b7dd8", "#d9822b", "#2e9e6b", "#c2417c", "#8a63d2", "#a08a2c", "#1f9aa8", "#c8503c", "#6b8e23", "#7a7f87")
 MARKS = "osD^vPX<>*"
 WIDTH = 5.4
+MOST_NAMES = 12
+"""At one mark."""
 
 
 def colour(index: int) -> str:
@@ -83,7 +85,8 @@ def scatter(points: Mapping[str, tuple[float, float]], x: str, y: str, title: st
         marks = {place: _Box(place[0] - 0.015, place[1] - 0.02, 0.03, 0.04) for place in points.values()}
         taken: list[_Box] = []
         for (across, up), names in _by_place(points).items():
-            text = textwrap.fill(", ".join(names), 30)
+            more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+            text = textwrap.fill(", ".join(names[:MOST_NAMES]) + more, 30)
             side = -1 if across > 0.55 else 1
             width, height = 0.0155 * max(map(len, text.splitlines())), 0.042 * (text.count("\n") + 1)
             others = [*taken, *(box for place, box in marks.items() if not _near(place, (across, up)))]
@@ -96,6 +99,7 @@ def scatter(points: Mapping[str, tuple[float, float]], x: str, y: str, title: st
                     if up + off - height / 2 >= -0.13 and up + off + height / 2 <= 1.04
                 ),
                 key=lambda box: sum(map(box.meets, others)),  # of equals the first, which is the nearest
+                default=_Box(across + side * 0.022 - (width if side < 0 else 0), up - height / 2, width, height),
             )
             taken.append(box)
             edge, middle = box.left + (width if side < 0 else 0), box.bottom + height / 2

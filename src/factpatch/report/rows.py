@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from statistics import fmean
@@ -73,6 +74,7 @@ class ResultRow(BaseModel):
     moment: Moment
     seed: int
     chat: bool
+    judge: str
     protocol: ProtocolName
     protocol_version: int
     edits: int
@@ -139,15 +141,29 @@ class RetainedRow(BaseModel):
 
 
 def labels(store: Store) -> dict[int, str]:
-    """By cell, the method's name, with the settings that tell it from other cells of that method on the same data."""
+    """By cell, the method's name, with what tells it from other cells of that method on the same data."""
     cells = store.cells()
-    alike = Counter((cell.method, cell.dataset, cell.data_sha256, cell.mode) for cell in cells.values())
-    named = {}
-    for number, cell in cells.items():
-        told = ", ".join(f"{key}={value}" for key, value in sorted(cell.settings.items()))
-        several = alike[cell.method, cell.dataset, cell.data_sha256, cell.mode] > 1
-        named[number] = f"{cell.method} ({told or 'defaults'})" if several else cell.method
-    return named
+    alike: dict[tuple[str, ...], list[Cell]] = {}
+    for cell in cells.values():
+        alike.setdefault((cell.method, cell.dataset, cell.data_sha256), []).append(cell)
+    return {
+        number: f"{cell.method}{_apart(cell, alike[cell.method, cell.dataset, cell.data_sha256])}"
+        for number, cell in cells.items()
+    }
+
+
+def _apart(cell: Cell, others: Sequence[Cell]) -> str:
+    """In what this cell differs from some of the others."""
+    told = [
+        f"{name}={getattr(cell, name)}"
+        for name in ("model", "dtype", "mode", "seed", "chat", "fluency", "judge")
+        if len({getattr(other, name) for other in others}) > 1
+    ]
+    if len({other.retain for other in others}) > 1:
+        told.append(f"questions {cell.retain[:8] or 'none'}")
+    if len({json.dumps(dict(other.settings), sort_keys=True, default=str) for other in others}) > 1:
+        told += [f"{key}={value}" for key, value in sorted(cell.settings.items())] or ["defaults"]
+    return f" ({', '.join(told)})" if told else ""
 
 
 def result_rows(store: Store, cells: Collection[int] | None = None) -> list[ResultRow]:
@@ -202,14 +218,17 @@ class Overview(BaseModel):
 def overviews(rows: Sequence[ResultRow]) -> list[Overview]:
     """One for each protocol, where there are several data sets; of sequences, how things are at their end."""
     found = []
+    files = dict.fromkeys((row.dataset, row.data_sha256, row.data_file) for row in rows)
+    names = Counter(dataset for dataset, _, _ in files)
+    columns = {
+        (dataset, sha256): dataset if names[dataset] == 1 else f"{dataset}: {file}" for dataset, sha256, file in files
+    }
     for protocol in dict.fromkeys(row.protocol for row in rows):
-        own = [
-            row for row in rows if row.protocol == protocol and row.moment in {ALONE, AT_END} and row.method != UNEDITED
-        ]
-        datasets = tuple(dict.fromkeys(row.dataset for row in own))
+        own = [r for r in rows if r.protocol == protocol and r.moment in {ALONE, AT_END} and r.method != UNEDITED]
+        datasets = tuple(dict.fromkeys(columns[row.dataset, row.data_sha256] for row in own))
         cells: dict[str, dict[str, ResultRow]] = {}
         for row in own:
-            cells.setdefault(row.label, {})[row.dataset] = row
+            cells.setdefault(row.label, {})[columns[row.dataset, row.data_sha256]] = row
         if len(datasets) > 1:
             found.append(Overview(protocol=protocol, datasets=datasets, cells=cells))
     return found
@@ -293,6 +312,7 @@ def _common(
         moment=moment,
         seed=cell.seed,
         chat=cell.chat,
+        judge=cell.judge,
         protocol=protocol,
         protocol_version=cell.protocols[protocol],
         edits=edits,

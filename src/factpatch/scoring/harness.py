@@ -47,6 +47,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         self.tokenizer = lm.tokenizer
         self.max_length = lm.tokens.limit or UNBOUNDED
         self.max_gen_toks = NEW_TOKENS
+        self._rendered = False  # whether what is asked comes as rendered chats, which have their contexts already
 
     @property
     def device(self) -> Any:
@@ -75,7 +76,14 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         return self.lm.surroundings[:16]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The text of a conversation."""
+        """The text of a conversation, with the patches' contexts before what the user says last."""
+        if not self.lm.tokens.has_chat:
+            self.lm.tokens.render("", chat=True)  # raises
+        last = max((i for i, turn in enumerate(chat_history) if turn["role"] == "user"), default=None)
+        if last is not None:
+            said = self._in_context(chat_history[last]["content"])
+            chat_history = [turn | {"content": said} if i == last else turn for i, turn in enumerate(chat_history)]
+        self._rendered = True
         text = self.tokenizer.apply_chat_template(
             chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
@@ -90,9 +98,19 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
             add_special_tokens = not (begin and string.startswith(begin))
         return list(self.tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"])
 
-    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        found: tuple[list[int], list[int]] = super()._encode_pair(self._in_context(context), continuation)
-        return found
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:  # noqa: ARG002
+        """Of continuations, and whether they are what the model would say by itself."""
+        texts = []
+        for request in requests:
+            asked, continuation = request.args
+            context = asked if self._rendered else self._in_context(asked)
+            if context:
+                texts.append((request.args, *self._encode_pair(context, continuation)))
+            else:
+                ids = self.tok_encode(continuation, add_special_tokens=False)
+                begin = [] if ids[:1] == [self.prefix_token_id] else [self.prefix_token_id]
+                texts.append((request.args, [*begin, *ids][:1], [*begin, *ids][1:]))
+        return self._loglikelihood_tokens(texts)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
@@ -109,7 +127,8 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         owners: list[int] = []
         for owner, request in enumerate(requests):
             ids = self.tok_encode(request.args[0])
-            for window in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1):
+            # A window's first token is read and not predicted, so there is room for one less.
+            for window in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length - 1, 1):
                 windows.append((None, *make_disjoint_window(window)))
                 owners.append(owner)
         totals = [0.0] * len(requests)
@@ -124,7 +143,8 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
             alike[self._until(request.args[1])].append(i)
         said = [""] * len(requests)
         for (stops, most), numbers in alike.items():
-            prompts = [self.tok_encode(self._in_context(requests[i].args[0])) for i in numbers]
+            asked = [requests[i].args[0] for i in numbers]
+            prompts = [self.tok_encode(text if self._rendered else self._in_context(text)) for text in asked]
             written = generate(
                 self.lm,
                 [ids[-max(1, self.max_length - most) :] for ids in prompts],
@@ -145,7 +165,8 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
             )
         stops = wanted.get("until") or []
         most = next((wanted[name] for name in ("max_gen_toks", "max_new_tokens") if name in wanted), self.max_gen_toks)
-        return tuple(stop for stop in ([stops] if isinstance(stops, str) else stops) if stop), int(most)
+        room = self.max_length // 2  # what is asked needs the rest
+        return tuple(stop for stop in ([stops] if isinstance(stops, str) else stops) if stop), min(int(most), room)
 
     def _in_context(self, text: str) -> str:
         """What is asked, with the patches' contexts before it."""
@@ -162,7 +183,7 @@ class Measured(NamedTuple):
 def evaluate(
     model: HarnessLM, tasks: Sequence[str], *, folder: Path | None = None, **options: Any
 ) -> dict[tuple[str, str], Measured]:
-    """By task and metric, what the harness finds.
+    """By task and metric, what the harness finds; a metric names the filter that answers went through, if there was one.
 
     folder   with tasks of one's own
     options  as for `lm_eval.simple_evaluate`
@@ -183,7 +204,7 @@ def evaluate(
             metric, _, kind = name.partition(",")
             if isinstance(value, int | float) and kind and not metric.endswith("_stderr"):
                 error = own.get(f"{metric}_stderr,{kind}")
-                measured[task, metric] = Measured(
+                measured[task, metric if kind == "none" else f"{metric} ({kind})"] = Measured(
                     float(value), float(error) if isinstance(error, int | float) else None
                 )
     return measured

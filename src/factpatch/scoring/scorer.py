@@ -179,7 +179,7 @@ class Scorer:
         )
 
     def _judged(self, cards: Sequence[Scorecard]) -> list[Scorecard]:
-        """With the judge's opinion as one more measure of each free answer that is scored."""
+        """With the judge's opinion as one more measure of each free answer that is scored, and whether it had none."""
         if self.judge is None:
             return list(cards)
         rows = [row for card in cards for row in card.scores if _is_judged(row)]
@@ -188,8 +188,12 @@ class Scorer:
         for card in cards:
             scores = []
             for row in card.scores:
-                verdict = next(verdicts) if _is_judged(row) else None
-                measures = row.measures if verdict is None else row.measures | {"judged": float(verdict)}
+                if not _is_judged(row):
+                    scores.append(row)
+                    continue
+                verdict = next(verdicts)
+                opinion = {} if verdict is None else {"judged": float(verdict)}
+                measures = row.measures | opinion | {"unjudged": float(verdict is None)}
                 scores.append(row.model_copy(update={"measures": measures}))
             judged.append(card.model_copy(update={"scores": tuple(scores)}))
         return judged
