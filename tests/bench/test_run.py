@@ -57,11 +57,11 @@ def run_of(grid, folder):
 
 
 def test_a_file_is_given_once_with_a_range_of_its_own(data, tmp_path):
-    grid = grid_of(data, data=[{"file": data, "start": 2, "limit": 3}], limit=9)
+    grid = grid_of({"file": data, "start": 2, "limit": 3}, limit=9)
     (dataset,) = grid.read_data()
     assert [edit.id for edit in dataset.edits] == ["fact-2", "fact-3", "fact-4"]
     with pytest.raises(BadConfig, match="given twice"):
-        grid_of(data, data=[{"file": data, "limit": 2}, {"file": data, "start": 5}]).read_data()
+        Grid.make({"methods": METHODS, "data": [{"file": data, "limit": 2}, {"file": data, "start": 5}]}).read_data()
 
 
 def done(grid, folder):

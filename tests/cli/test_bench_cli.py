@@ -59,6 +59,16 @@ def test_a_benchmark_from_plan_to_page(model, data, tmp_path):
     assert run("report", tmp_path / "run", "--out", tmp_path / "page.xyz")[0] == 2
 
 
+def test_a_range_on_the_command_line_goes_before_a_files_own(model, data, tmp_path):
+    (tmp_path / "grid.yaml").write_text(
+        f"methods: [ice]\nmodel: {model}\ndata: [{{file: '{data}', start: 1, limit: 4}}]\n"
+    )
+    plan = ["bench", "--grid", tmp_path / "grid.yaml", "--out", tmp_path / "run", "--plan", "--json"]
+    for words, edits in (([], 4), (["--limit", "2"], 2), (["--start", "9"], 1)):
+        (cell,) = json.loads(run(*plan, *words)[1])["cells"]
+        assert cell["edits"] == edits
+
+
 def test_questions_that_must_not_change_are_listed_with_both_answers(model, data, tmp_path):
     (tmp_path / "keep.txt").write_text("Rome 0 lies in\nUlm is a\n")
     common = ["bench", "-m", model, "--method", "ft-m", "--set", "ft-m.lr=1e-2", "--data", data, "--limit", "2"]
