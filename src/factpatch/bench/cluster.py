@@ -12,7 +12,7 @@ from typing import Any
 
 from factpatch.bench.grid import Grid, MethodSpec
 from factpatch.bench.outcome import Outcome
-from factpatch.bench.run import Run, Turn
+from factpatch.bench.run import Run, Turn, duration
 from factpatch.bench.work import Worker
 from factpatch.edits import Probe
 from factpatch.errors import MissingExtra
@@ -76,7 +76,9 @@ class _Cluster:
         every = sum(len(turn.units) for turn in waiting)
         left, doing = every, f"Working on {min(self.workers, len(waiting))} workers"
         while waiting or self.busy:
-            progress(doing, every - left, every)
+            seconds = self.run.plan().seconds_left
+            about = "" if seconds is None else f", about {duration(seconds / self.workers)} left"
+            progress(doing + about, every - left, every)
             while waiting and len(self.busy) < self.workers:
                 self._give(self._next(waiting))
             if not self.busy:

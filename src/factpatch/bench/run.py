@@ -29,7 +29,7 @@ from factpatch.files import cache_root, locked, make_folder, whole_file
 from factpatch.patches import Patch
 from factpatch.progress import Progress, silent
 
-__all__ = ["Plan", "PlannedCell", "Run", "Turn"]
+__all__ = ["Plan", "PlannedCell", "Run", "Turn", "duration"]
 
 WAIT = 0.5
 """Seconds between looks at what another process has in hand."""
