@@ -48,6 +48,14 @@ def test_the_readmes_commands_run(tmp_path, monkeypatch):
         assert result.stdout
 
 
+def test_the_readmes_table_is_the_reports():
+    readme, report = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/results/knowedit.md"))
+    overview = report.partition("## Every data set: open")[2].partition("## ")[0]
+    table = [line for line in overview.splitlines() if line.startswith("|")]
+    assert len(table) == len(names()) + 2, "every method is in it"
+    assert "\n".join(table) in readme
+
+
 def test_the_readme_names_every_method():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [name for name in names() if f"| `{name}` |" not in readme] == []
