@@ -141,6 +141,10 @@ def test_contexts_come_before_texts_that_have_none_and_inside_chats(lm):
         lm.tokenizer.chat_template = None
 
 
+def test_the_help_names_the_extra():
+    assert "factpatch[harness]" in CliRunner().invoke(app, ["harness", "--help"]).output
+
+
 def test_samples_are_refused(lm):
     with pytest.raises(BadConfig, match="greedily"):
         HarnessLM(lm).generate_until(asked("generate_until", [("Rome", {"do_sample": True, "temperature": 0.7})]))

@@ -50,7 +50,7 @@ def harness(
 ) -> None:
     """Run tasks of EleutherAI's lm-evaluation-harness on the model without and with patches.
 
-    Needs the extra: pip install "factpatch[harness]". The harness fetches a task's data from the hub on first use.
+    Needs the extra: pip install "factpatch\\[harness]". The harness fetches a task's data from the hub on first use.
     """
     from factpatch.lm import load
     from factpatch.patches import Patch

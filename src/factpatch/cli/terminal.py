@@ -170,7 +170,9 @@ def show_retained(questions: Sequence[Retained], *, strict: bool = False) -> Non
     strict  whether every change is bad; otherwise those of right answers are
     """
     changed = [question for question in questions if question.changed]
-    line((f"{len(changed)} of {len(questions)} answers changed", "bold"), " that should have stayed")
+    lost = sum(question.lost for question in questions)
+    told = f"; {lost} right ones were lost, which come first" if lost else ""
+    line((f"{len(changed)} of {len(questions)} answers changed", "bold"), f" that should have stayed{told}")
     if changed:
         several = len({question.edits for question in questions}) > 1
         table = Table(header_style="bold", box=None, pad_edge=False)
