@@ -6,11 +6,15 @@ import os
 import random
 import signal
 import time
+from collections import deque
+from types import SimpleNamespace
 
 import pytest
 
-from factpatch.bench import Cell, Grid, Mode, Outcome, Run, Store, Worker
+from factpatch.bench import Cell, Grid, MethodSpec, Mode, Outcome, Run, Store, Worker
+from factpatch.bench.cluster import _Cluster
 from factpatch.bench.outcome import ALONE, watching_memory
+from factpatch.bench.run import Turn
 from factpatch.bench.singles import ABREAST
 from factpatch.data import write_jsonl
 from factpatch.edits import Edit, Probe
@@ -353,3 +357,14 @@ def test_a_grid_can_be_a_file(tmp_path):
             Grid.read(path)
     with pytest.raises(BadFile, match="no such file"):
         Grid.read(tmp_path / "none.yaml")
+
+
+def test_a_cluster_gives_nobody_what_another_still_prepares():
+    cluster = _Cluster(SimpleNamespace(cluster_resources=lambda: {"CPU": 2}), None, 2)
+    slow, quick = MethodSpec(name="mend"), MethodSpec(name="ice")
+    first, second, other = (Turn(i, spec, "d", {}) for i, spec in enumerate((slow, slow, quick)))
+    cluster.busy = {"job": (None, first)}
+    waiting = deque([second, other])
+    assert [cluster._next(waiting), cluster._next(waiting)] == [other, second], "the one that waits comes last"
+    cluster.prepared = [slow]
+    assert cluster._next(deque([second, other])) is second

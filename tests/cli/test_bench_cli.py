@@ -56,6 +56,8 @@ def test_a_benchmark_from_plan_to_page(model, data, tmp_path):
         assert (tmp_path / name).stat().st_size > 500
     code, out, _ = run("report", tmp_path / "run", "--format", "json")
     assert json.loads(out) == rows
+    assert json.loads(run("report", tmp_path / "run", "--json")[1]) == rows
+    assert run("report", tmp_path / "run", "--json", "--format", "md")[0] == 2
     assert run("report", tmp_path / "run", "--out", tmp_path / "page.xyz")[0] == 2
 
 

@@ -16,7 +16,7 @@ from factpatch.errors import BadFile
 from factpatch.report import bootstrap, difference, edit_rows, result_rows, table_rows
 from factpatch.report.comparison import compare_stores
 from factpatch.report.page import as_html, as_svg
-from factpatch.report.plain import as_csv, as_json, as_latex, as_markdown
+from factpatch.report.plain import about, as_csv, as_json, as_latex, as_markdown
 from factpatch.report.published import published
 from factpatch.report.rows import overviews
 from tests.report.conftest import CELL, card, fill
@@ -148,6 +148,13 @@ def test_several_data_sets_stand_in_one_overview(store, tmp_path):
     assert ">rome</text>" in picture
     with Store(tmp_path / "empty") as empty, pytest.raises(BadFile, match="nothing yet"):
         as_svg(empty)
+
+
+def test_what_it_took_is_added_up(store):
+    assert "Minutes of one worker" not in about(result_rows(store)), "less than one"
+    fill(store, "memit", [1.0] * 30)
+    # 37 edits were made, each in four seconds, and scored in two.
+    assert about(result_rows(store))["Minutes of one worker"] == ["2 to fit, 1 to score; 4 in all"]
 
 
 def test_failures_are_counted_by_kind(store):

@@ -134,9 +134,29 @@ def about(rows: Sequence[ResultRow]) -> dict[str, list[str]]:
     packages = dict.fromkeys(", ".join(f"{k} {v}" for k, v in p.items()) for r in rows for p in r.packages)
     versions = dict.fromkeys(f"{r.protocol} {r.protocol_version}" for r in rows)
     seeds = dict.fromkeys(str(r.seed) for r in rows)
+    costs = _costs(rows)
     judges = dict.fromkeys(r.judge for r in rows if r.judge)
-    lists = {"Model": models, "Data": data, "Protocols": versions, "Judge": judges, "Seed": seeds, "Packages": packages}
+    lists = {
+        "Model": models,
+        "Data": data,
+        "Protocols": versions,
+        "Judge": judges,
+        "Seed": seeds,
+        "Packages": packages,
+    } | costs
     return {name: list(values) for name, values in lists.items() if values}
+
+
+def _costs(rows: Sequence[ResultRow]) -> dict[str, dict[str, None]]:
+    """What it all took, wall time added up; what several cells of a method shared in preparing counts once."""
+    made = [r for r in rows if r.protocol == rows[0].protocol and r.moment in {"alone", "at edit"}]
+    fit, score = (sum((getattr(r, name) or 0) * r.edits for r in made) for name in ("fit_seconds", "score_seconds"))
+    prepared: dict[str, float] = {}
+    for r in made:
+        prepared[r.label] = max(prepared.get(r.label, 0.0), r.prepare_seconds or 0.0)
+    spent = {"to fit": fit, "to score": score, "to prepare methods": sum(prepared.values())}
+    told = ", ".join(f"{seconds / 60:.0f} {what}" for what, seconds in spent.items() if seconds >= 60)
+    return {"Minutes of one worker": {f"{told}; {sum(spent.values()) / 60:.0f} in all": None}} if told else {}
 
 
 def _cells(row: ResultRow) -> list[str]:
