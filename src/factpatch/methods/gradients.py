@@ -18,7 +18,7 @@ from factpatch.lm import LM
 from factpatch.lm.anatomy import Projection
 from factpatch.lm.hooks import replacing_output
 from factpatch.lm.run import Places, length_batches
-from factpatch.methods.targets import TargetBatch, with_targets
+from factpatch.methods.targets import TargetBatch, tokens_at_once, with_targets
 from factpatch.progress import Progress, silent
 
 __all__ = ["Gradients", "Moments", "gradients"]
@@ -97,7 +97,7 @@ def gradients(
     """
     texts = with_targets(lm, edits, chat=chat)
     rows: dict[int, dict[Projection, Gradients]] = {}
-    for indices in length_batches([len(text.ids) for text in texts]):
+    for indices in length_batches([len(text.ids) for text in texts], tokens_at_once(lm, first)):
         progress("Taking gradients", len(rows), len(texts))
         chosen = [texts[i] for i in indices]
         batch = TargetBatch(lm, chosen, first)

@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from factpatch.edits import Edit
 from factpatch.lm import LM
 from factpatch.lm.run import Batch, Places, UpperRun
 from factpatch.lm.tokens import Encoded
 
-__all__ = ["TargetBatch", "with_targets"]
+__all__ = ["TargetBatch", "cross_entropy", "tokens_at_once", "with_targets"]
+
+_FEWEST_TOKENS = 128
+"""In a batch; with fewer, reading the weights takes longer than using them."""
+
+
+def tokens_at_once(lm: LM, first: int) -> int:
+    """As many as let that which is kept for their gradients, from block `first` on, take about a quarter of the model's size.
+
+    Of each token a block keeps some twelve activations as wide as the hidden state, and five as wide as its MLP.
+    """
+    hidden, inter = lm.anatomy.mlp_out(lm.anatomy.n_layers - 1).matrix.shape
+    kept = (lm.anatomy.n_layers - first) * (12 * hidden + 5 * inter)
+    size = sum(weight.numel() for weight in lm.model.parameters())
+    return max(_FEWEST_TOKENS, size // 4 // max(1, kept))
 
 
 def with_targets(lm: LM, edits: Sequence[Edit], *, chat: bool) -> list[Encoded]:
@@ -39,7 +55,7 @@ class TargetBatch:
 
     def token_nll(self) -> Float[Tensor, " targets"]:
         """`-log p` of each target token, in nats; `places.rows` tells which text it belongs to."""
-        return self._nll(self.upper.logits_at(self.places))
+        return cross_entropy(self.upper.logits_at(self.places), self.target)
 
     def nll(self) -> Float[Tensor, " texts"]:
         """`-log p` of each text's target, in nats, the mean over its tokens."""
@@ -49,7 +65,7 @@ class TargetBatch:
         """As `nll`, and whether each of the text's target tokens is the most likely one."""
         logits = self.upper.logits_at(self.places)
         wrong = (logits.argmax(-1) != self.target).float()
-        return self.mean(self._nll(logits)), self.mean(wrong) == 0
+        return self.mean(cross_entropy(logits, self.target)), self.mean(wrong) == 0
 
     def logprobs(self) -> Float[Tensor, "targets vocab"]:
         """Log-probabilities of all tokens at each place, in nats."""
@@ -61,5 +77,40 @@ class TargetBatch:
         length = torch.zeros(self.texts, device=values.device).index_add(0, rows, torch.ones_like(values))
         return torch.zeros_like(length).index_add(0, rows, values / length[rows])
 
-    def _nll(self, logits: Float[Tensor, "targets vocab"]) -> Float[Tensor, " targets"]:
-        return -logits.log_softmax(-1).gather(-1, self.target[:, None])[:, 0]
+
+def cross_entropy(
+    logits: Float[Tensor, "reads vocab"],
+    tokens: Int[Tensor, " tokens"],
+    wanted: Float[Tensor, "rest vocab"] | None = None,
+) -> Float[Tensor, " reads"]:
+    """`-sum_v q_v log p_v` at each place, in nats; `q` is all on one token at the first places, and `wanted` at the rest.
+
+    With vocabularies of 50,000 and more this is where a step of a search spends its memory; so the logits are passed over
+    as few times as can be, and no log-probabilities are kept.
+    """
+    found: Float[Tensor, " reads"] = _CrossEntropy.apply(logits, tokens, wanted)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor, wanted: Tensor | None) -> Tensor:
+        total = logits.logsumexp(-1)
+        found = total.clone()
+        n = len(tokens)
+        found[:n] -= logits[:n].gather(-1, tokens[:, None])[:, 0]
+        if wanted is not None:
+            found[n:] -= (wanted * logits[n:]).sum(-1)
+        ctx.save_for_backward(logits, total, tokens, wanted)
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        logits, total, tokens, wanted = ctx.saved_tensors
+        n = len(tokens)
+        change = (logits - total[:, None]).exp_()
+        change[torch.arange(n, device=tokens.device), tokens] -= 1
+        if wanted is not None:
+            change[n:] -= wanted
+        return change.mul_(gradient[:, None]), None, None

@@ -1,19 +1,20 @@
 """Target values: what a part should put out at the subject's last token so that the model says the target.
 
 ROME (arXiv 2202.05262, section 3.1, step 2, equation 4) and its descendants. Many edits share one batch; each has its own
-`delta`, its own Adam state and its own end, so a batch gives what the edits would give one by one.
+`delta`, its own Adam state and its own end, so a batch gives what the edits would give one by one. Only what depends on
+`delta` runs at each step: the blocks from the edited one on, in the columns from the subject's last token on, of the edits
+that are not done yet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ from factpatch.lm.run import Batch, Places, UpperRun, can_resume, length_batches
 from factpatch.lm.tokens import Encoded
 from factpatch.methods.base import Config
 from factpatch.methods.keys import subject_texts
+from factpatch.methods.targets import cross_entropy, tokens_at_once
 from factpatch.progress import Progress, part
 
 __all__ = ["TargetValue", "ValueConfig", "target_values"]
@@ -64,16 +66,37 @@ class TargetValue:
 
 
 @dataclass(frozen=True, slots=True)
-class _Rows:
-    """What is run for one edit: its prompt and target after each context, the first of them empty; then the essence."""
+class _Text:
+    """A text that is run for an edit: its prompt and target after a context, or its essence, "<subject> is a".
 
-    texts: tuple[Encoded, ...]
+    weight   in the edit's loss, of the mean over the target's tokens or of the divergence after the essence
+    is_bare  whether it is the prompt without a context, where the old value is read
+    """
 
-    @classmethod
-    def of(cls, lm: LM, edit: Edit, prefixes: Sequence[str], config: ValueConfig) -> _Rows:
-        """Encode them."""
-        texts = subject_texts(lm, edit, prefixes, target=True, chat=config.chat)
-        return cls((*texts, lm.tokens.encode(f"{edit.subject} is a", subject=edit.subject)))
+    encoded: Encoded
+    weight: float
+    is_bare: bool = False
+
+    @property
+    def subject(self) -> int:
+        """The subject's last token."""
+        assert self.encoded.subject is not None, "texts here are encoded with their subject"
+        return self.encoded.subject
+
+    @property
+    def reads(self) -> Sequence[int]:
+        """Before each target token; at the end of an essence."""
+        return range(self.encoded.target - 1, max(self.encoded.target, len(self.encoded.ids) - 1))
+
+    def width(self, *, resumes: bool) -> int:
+        """The columns that run at each step: from the subject's last token on, if those before can be kept."""
+        return len(self.encoded.ids) - (self.subject if resumes else 0)
+
+
+def _texts(lm: LM, edit: Edit, prefixes: Sequence[str], config: ValueConfig) -> list[_Text]:
+    told = subject_texts(lm, edit, prefixes, target=True, chat=config.chat)
+    essence = lm.tokens.encode(f"{edit.subject} is a", subject=edit.subject)
+    return [*(_Text(text, 1 / len(told), i == 0) for i, text in enumerate(told)), _Text(essence, config.kl_factor)]
 
 
 def target_values(
@@ -97,59 +120,46 @@ def target_values(
     first   the first block to run again; those beneath it come before `site` and run once
     beside  further modules that get a `delta` of their own, optimised along but not returned, as PMET does
     """
-    rows = [_Rows.of(lm, edit, prefixes, config) for edit in edits]
+    every = [_texts(lm, edit, prefixes, config) for edit in edits]
+    budget, resumes = tokens_at_once(lm, first), can_resume(lm)
+    sizes = [len(texts) * max(text.width(resumes=resumes) for text in texts) for texts in every]
+    groups = list(length_batches(sizes, budget))
     found: dict[int, TargetValue] = {}
-    groups = list(length_batches([len(own.texts) * max(len(text.ids) for text in own.texts) for own in rows]))
     for i, group in enumerate(groups):
-        search = _Search(lm, [rows[index] for index in group], [site, *beside], first, config)
+        search = _Search(lm, [every[index] for index in group], [site, *beside], first, config, budget)
         found.update(zip(group, search.run(part(progress, i, len(groups))), strict=True))
     return [found[i] for i in range(len(edits))]
 
 
 class _Search:
-    """The values of one batch of edits, searched for side by side."""
+    """The values of one batch of edits, searched for side by side; edits that are done leave it."""
 
     def __init__(
-        self, lm: LM, edits: Sequence[_Rows], sites: Sequence[nn.Module], first: int, config: ValueConfig
+        self,
+        lm: LM,
+        edits: Sequence[Sequence[_Text]],
+        sites: Sequence[nn.Module],
+        first: int,
+        config: ValueConfig,
+        budget: int,
     ) -> None:
-        self.config, self.sites, self.n = config, sites, len(edits)
-        self.texts = texts = [text for own in edits for text in own.texts]
-        starts = list(accumulate((len(own.texts) for own in edits), initial=0))
-        self.bare = starts[:-1]
-        essence = torch.tensor([end - 1 for end in starts[1:]], device=lm.device)
-        self.owner = torch.tensor([i for i, own in enumerate(edits) for _ in own.texts], device=lm.device)
-        subjects = [text.subject or 0 for text in texts]
-        # Nothing changes before the subject's last token: with all of them in one column, what is before it runs once.
-        since = max(subjects) if can_resume(lm) else 0
-        shifts = [since - subject for subject in subjects] if since else [0] * len(texts)
-        self.batch = Batch.of_texts(texts, lm.device, align=subjects if since else None)
-        self.upper = UpperRun(lm, self.batch, first, since=since)
-        columns = torch.tensor([at + shift - since for at, shift in zip(subjects, shifts, strict=True)])
-        self._at = (torch.arange(len(texts), device=lm.device), columns.to(lm.device))
-        self.places = Places.of(
-            [[at + shift for at in _reads(text)] for text, shift in zip(texts, shifts, strict=True)], lm.device
-        )
-        self.is_essence = torch.isin(self.places.rows, essence)
-        self.target = torch.tensor([t for text in texts for t in text.target_ids], device=lm.device)
-        rows = self.places.rows[~self.is_essence]
-        length = torch.zeros(len(texts), device=lm.device).index_add(0, rows, torch.ones_like(rows, dtype=torch.float))
-        contexts = torch.tensor([len(own.texts) - 1 for own in edits], device=lm.device)
-        self.target_owner = self.owner[rows]
-        self.target_weight = 1.0 / (length[rows] * contexts[self.target_owner])
-        self.old = self._outputs()
+        self.lm, self.edits, self.sites, self.first, self.config, self.budget = lm, edits, sites, first, config, budget
+        self.live = list(range(len(edits)))
+        self.parts = self._parts()
+        old: dict[int, list[Tensor]] = {}
+        self.before: dict[int, Tensor] = {}
+        for one in self.parts:
+            values, predicted = one.look()
+            old |= values
+            self.before |= predicted
+        self.old = [torch.stack([old[i][site] for i in self.live]) for site in range(len(sites))]
 
-    def _outputs(self) -> list[Float[Tensor, "edits hidden"]]:
-        """What each site puts out for the bare prompts; and what is predicted after "<subject> is a"."""
-        seen: dict[int, Tensor] = {}
-
-        def see(index: int) -> Callable[[Tensor, Tensor], None]:
-            return lambda _, out: seen.update({index: self._grid(out)[self._at][self.bare].float()})
-
-        with torch.no_grad(), ExitStack() as stack:
-            for i, site in enumerate(self.sites):
-                stack.enter_context(reading(site, see(i)))
-            self.before = self.upper.logits_at(self.places)[self.is_essence].log_softmax(-1)
-        return [seen[i] for i in range(len(self.sites))]
+    def _parts(self) -> list[_Part]:
+        """All texts of the edits that are not done, as one batch; as several if a single edit has very many."""
+        rows = [(i, text) for i in self.live for text in self.edits[i]]
+        widest = max(text.width(resumes=can_resume(self.lm)) for _, text in rows)
+        size = max(1, self.budget // widest)
+        return [_Part(self.lm, rows[k : k + size], self.sites, self.first) for k in range(0, len(rows), size)]
 
     def run(self, progress: Progress) -> list[TargetValue]:
         """Take steps until each edit's loss is low enough, or there have been enough."""
@@ -157,35 +167,111 @@ class _Search:
         deltas = [[torch.zeros_like(value, requires_grad=True) for value in values] for values in self.old]
         flat = [delta for row in deltas for delta in row]
         optimiser = torch.optim.Adam(flat, lr=config.lr)
-        losses: list[list[float]] = [[] for _ in range(self.n)]
-        live = set(range(self.n))
-        with ExitStack() as stack, torch.enable_grad():
-            for site, row in zip(self.sites, deltas, strict=True):
-                stack.enter_context(replacing_output(site, self._adding(row)))
-            for step in range(config.steps):
-                progress("Optimising values", step, config.steps)
-                loss = self._loss(deltas)
-                for i in sorted(live):
-                    losses[i].append(loss[i].item())
-                live -= {i for i in live if losses[i][-1] < config.stop_loss}
-                if not live or step == config.steps - 1:
-                    break
-                gradients = torch.autograd.grad(loss.sum(), flat)
-                for index, (delta, gradient) in enumerate(zip(flat, gradients, strict=True)):
-                    # Adam leaves a parameter without gradient alone.
-                    delta.grad = gradient if index % self.n in live else None
-                optimiser.step()
-                with torch.no_grad():
-                    for delta, value in zip(flat, torch.cat(self.old), strict=True):
-                        bound = config.clamp * value.norm()
-                        delta.mul_((bound / delta.norm().clamp(min=1e-12)).clamp(max=1))
+        losses: list[list[float]] = [[] for _ in self.edits]
+        for step in range(config.steps):
+            progress("Optimising values", step, config.steps)
+            with torch.enable_grad():
+                loss = self._penalty(deltas)
+                for one in self.parts:
+                    if one is not self.parts[0]:  # let go of what the part before has kept for its gradients
+                        torch.autograd.backward(loss.sum(), inputs=flat)
+                        loss = loss.detach()
+                    loss = loss.index_add(0, one.owner, one.loss(deltas, self.before))
+            for i in self.live:
+                losses[i].append(loss[i].item())
+            self.live = [i for i in self.live if losses[i][-1] >= config.stop_loss]
+            if not self.live or step == config.steps - 1:
+                break
+            torch.autograd.backward(loss.sum(), inputs=flat)
+            for index, delta in enumerate(flat):
+                if index % len(self.edits) not in self.live:
+                    delta.grad = None  # Adam leaves a parameter without gradient alone
+            optimiser.step()
+            optimiser.zero_grad()
+            with torch.no_grad():
+                for delta, value in zip(flat, torch.cat(self.old), strict=True):
+                    bound = config.clamp * value.norm()
+                    delta.mul_((bound / delta.norm().clamp(min=1e-12)).clamp(max=1))
+            # What is kept for a batch has to be run anew for a smaller one, which a quarter of it repays.
+            if len(self.live) <= 0.75 * len({i for one in self.parts for i in one.edits}):
+                self.parts = self._parts()
         progress("Optimising values", config.steps, config.steps)
         old, found = self.old[0], [delta.detach() for delta in deltas[0]]
-        return [TargetValue(old[i], found[i], tuple(losses[i])) for i in range(self.n)]
+        return [TargetValue(old[i], found[i], tuple(losses[i])) for i in range(len(self.edits))]
+
+    def _penalty(self, deltas: Sequence[Sequence[Tensor]]) -> Float[Tensor, " edits"]:
+        sizes = [
+            torch.stack([delta.norm() for delta in row]) / old.norm(dim=-1) ** 2
+            for row, old in zip(deltas, self.old, strict=True)
+        ]
+        return self.config.weight_decay * torch.stack(sizes).sum(0)
+
+
+class _Part:
+    """Some texts of a search's edits, run as one batch.
+
+    edits  the edit of each text
+    owner  the edit of each place that is read
+    """
+
+    def __init__(self, lm: LM, rows: Sequence[tuple[int, _Text]], sites: Sequence[nn.Module], first: int) -> None:
+        self.edits, self.texts, self.sites = [i for i, _ in rows], [text for _, text in rows], sites
+        encoded, subjects = [text.encoded for text in self.texts], [text.subject for text in self.texts]
+        # Nothing changes before the subject's last token: with all of them in one column, what is before it runs once.
+        since = max(subjects) if can_resume(lm) else 0
+        shifts = [since - subject if since else 0 for subject in subjects]
+        batch = Batch.of_texts(encoded, lm.device, align=subjects if since else None)
+        self.upper = UpperRun(lm, batch, first, since=since)
+
+        def numbers(values: Sequence[int]) -> Int[Tensor, " n"]:
+            return torch.tensor(values, dtype=torch.long, device=lm.device)
+
+        columns = numbers([at + shift - since for at, shift in zip(subjects, shifts, strict=True)])
+        self._at = (torch.arange(len(rows), device=lm.device), columns)
+        # First where a token is wanted, then where the old distribution is: the order that `cross_entropy` takes.
+        in_order = sorted(range(len(rows)), key=lambda row: not encoded[row].target_ids)
+        reads = [(row, at + shifts[row]) for row in in_order for at in self.texts[row].reads]
+        self.places = Places(numbers([row for row, _ in reads]), numbers([column for _, column in reads]))
+        self.tokens = numbers([token for row in in_order for token in encoded[row].target_ids])
+        self.owner = numbers([self.edits[row] for row, _ in reads])
+        weights = [self.texts[row].weight / len(self.texts[row].reads) for row, _ in reads]
+        self.weights = torch.tensor(weights, device=lm.device)
+        self.essences = [self.edits[row] for row in in_order if not encoded[row].target_ids]
+
+    @torch.no_grad()
+    def look(self) -> tuple[dict[int, list[Tensor]], dict[int, Tensor]]:
+        """By edit: what each site puts out for the bare prompt, and what is predicted after the essence, in nats."""
+        seen: dict[int, Tensor] = {}
+
+        def see(index: int) -> Callable[[Tensor, Tensor], None]:
+            return lambda _, out: seen.update({index: self._grid(out)[self._at].float()})
+
+        with ExitStack() as stack:
+            for i, site in enumerate(self.sites):
+                stack.enter_context(reading(site, see(i)))
+            predicted = self.upper.logits_at(self.places)[len(self.tokens) :].log_softmax(-1)
+        bare = {i: row for row, (i, text) in enumerate(zip(self.edits, self.texts, strict=True)) if text.is_bare}
+        old = {i: [seen[site][row] for site in range(len(self.sites))] for i, row in bare.items()}
+        return old, dict(zip(self.essences, predicted, strict=True))
+
+    def loss(self, deltas: Sequence[Sequence[Tensor]], before: Mapping[int, Tensor]) -> Float[Tensor, " reads"]:
+        """What each place adds to its edit's loss, with the deltas in place.
+
+        before  by edit, what was predicted after its essence
+        """
+        with ExitStack() as stack:
+            for site, own in zip(self.sites, deltas, strict=True):
+                stack.enter_context(replacing_output(site, self._adding([own[i] for i in self.edits])))
+            logits = self.upper.logits_at(self.places)
+        held = torch.stack([before[i] for i in self.essences]) if self.essences else logits[:0]
+        entropy = cross_entropy(logits, self.tokens, held.exp())
+        # A divergence is a cross entropy less the entropy, so that it is 0 where nothing has changed.
+        least = torch.cat([entropy.new_zeros(len(self.tokens)), -(held.exp() * held).sum(-1)])
+        return (entropy - least) * self.weights
 
     def _adding(self, deltas: Sequence[Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
         def add(_: Tensor, out: Tensor) -> Tensor:
-            added = torch.stack(list(deltas))[self.owner].to(out.dtype)
+            added = torch.stack(list(deltas)).to(out.dtype)
             return self._grid(out).index_put(self._at, added, accumulate=True).reshape(out.shape)
 
         return add
@@ -193,18 +279,3 @@ class _Search:
     def _grid(self, out: Tensor) -> Float[Tensor, "rows seq width"]:
         """What a site puts out, with a row for each text; some blocks flatten the first two axes."""
         return out.reshape(len(self.texts), -1, out.shape[-1])
-
-    def _loss(self, deltas: Sequence[Sequence[Tensor]]) -> Float[Tensor, " edits"]:
-        config = self.config
-        logprobs = self.upper.logits_at(self.places).log_softmax(-1)
-        nll = -logprobs[~self.is_essence].gather(-1, self.target[:, None])[:, 0] * self.target_weight
-        kl = (self.before.exp() * (self.before - logprobs[self.is_essence])).sum(-1)
-        loss = (config.kl_factor * kl).index_add(0, self.target_owner, nll)
-        for row, old in zip(deltas, self.old, strict=True):
-            loss = loss + config.weight_decay * torch.stack([d.norm() for d in row]) / old.norm(dim=-1) ** 2
-        return loss
-
-
-def _reads(text: Encoded) -> Sequence[int]:
-    """Before each target token; at the end of a text without one."""
-    return range(text.target - 1, max(text.target, len(text.ids) - 1))
