@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from factpatch.errors import OutputError
-from factpatch.lm.cache import cached_tensors
+from factpatch.lm.cache import Unfinished, cached_each, cached_tensors
 
 
 class Counting:
@@ -156,3 +156,113 @@ def test_a_full_disk_is_told_in_words(monkeypatch):
     monkeypatch.setattr("factpatch.lm.cache.save_file", full)
     with pytest.raises(OutputError, match="No space left on device"):
         cached_tensors("test", {"a": 1}, Counting())
+
+
+# Several at once.
+
+
+class Each:
+    """Computes each of several, and notes which it was asked for."""
+
+    def __init__(self, *, fail_at=None):
+        self.asked, self.fail_at = [], fail_at
+
+    def __call__(self, names):
+        self.asked.append(list(names))
+        for name in names:
+            if name == self.fail_at:
+                raise ZeroDivisionError
+            yield {"x": torch.full((2,), float(name))}
+
+
+def keys(*names):
+    return {name: {"number": name} for name in names}
+
+
+def test_what_is_missing_is_computed_together_under_the_keys_it_has_alone(cache):
+    compute = Each()
+    cached_tensors("test", {"number": 2}, lambda: {"x": torch.full((2,), 2.0)})
+    for _ in range(2):
+        found = cached_each("test", keys(3, 2, 1), compute)
+        assert list(found) == [3, 2, 1]
+        assert all(torch.equal(found[name]["x"], torch.full((2,), float(name))) for name in found)
+    assert compute.asked == [[3, 1]]
+    assert torch.equal(cached_tensors("test", {"number": 3}, Counting())["x"], torch.full((2,), 3.0))
+    assert cached_each("test", {}, compute) == {}
+
+
+def test_each_is_stored_as_it_comes(cache):
+    with pytest.raises(ZeroDivisionError):
+        cached_each("test", keys(1, 2, 3), Each(fail_at=3))
+    compute = Each()
+    cached_each("test", keys(1, 2, 3), compute)
+    assert compute.asked == [[3]]
+
+
+def test_those_who_ask_for_some_of_the_same_wait_for_one_another_and_never_for_ever(cache):
+    asked, names = [], list(range(6))
+
+    def slowly(wanted):
+        asked.extend(wanted)
+        time.sleep(0.05)
+        yield from Each()(wanted)
+
+    orders = [names, names[::-1], names[3:], names[:3][::-1]]
+    threads = [threading.Thread(target=cached_each, args=("test", keys(*o), slowly), daemon=True) for o in orders]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert not any(thread.is_alive() for thread in threads), "they wait for each other"
+    assert sorted(asked) == names
+
+
+# Unfinished work.
+
+
+def test_unfinished_work_is_kept_until_the_result_is_stored(cache):
+    def half():
+        unfinished = Unfinished("test", {"a": 1}, "work")
+        assert unfinished.read() is None
+        unfinished.keep({"x": torch.arange(2.0)})
+        unfinished.keep({"x": torch.arange(3.0)})
+        return {"x": torch.ones(1) / (1 // 0)}
+
+    def rest():
+        (kept,) = Unfinished("test", {"a": 1}, "work").read().values()
+        kept += 1  # in memory of its own: what was kept stays
+        assert torch.equal(Unfinished("test", {"a": 1}, "work").read()["x"], torch.arange(3.0))
+        assert Unfinished("test", {"a": 1}, "other work").read() is None
+        assert Unfinished("test", {"a": 2}, "work").read() is None
+        return {"x": kept}
+
+    with pytest.raises(ZeroDivisionError):
+        cached_tensors("test", {"a": 1}, half)
+    assert stored(cache) == [], "taken for a result"
+    assert torch.equal(cached_tensors("test", {"a": 1}, rest)["x"], torch.arange(3.0) + 1)
+    assert Unfinished("test", {"a": 1}, "work").read() is None
+    assert {path.suffix for path in (cache / "statistics" / "test").iterdir()} <= {".safetensors", ".lock"}
+
+
+@pytest.mark.parametrize("keep", [0, 7, 20, -1], ids=["nothing", "half a header", "a header", "all but a byte"])
+def test_damaged_unfinished_work_is_none(cache, keep):
+    unfinished = Unfinished("test", {})
+    unfinished.keep({"x": torch.arange(3.0)})
+    (path,) = cache.rglob("*.unfinished")
+    path.write_bytes(path.read_bytes()[:keep])
+    assert unfinished.read() is None
+
+
+def test_what_a_killed_process_had_half_written_is_removed(cache):
+    compute = Counting()
+    cached_tensors("test", {"a": 1}, compute)
+    (path,) = stored(cache)
+    path.unlink()
+    drafts = [path.with_name(f".{path.stem}{suffix}-x1y2") for suffix in (".safetensors", ".unfinished")]
+    strange = path.with_name(".another.safetensors-x1y2")  # somebody may be writing it
+    for draft in [*drafts, strange]:
+        draft.mkdir()
+        (draft / "draft").write_text("half")
+    cached_tensors("test", {"a": 1}, compute)
+    assert not any(draft.exists() for draft in drafts)
+    assert strange.exists()

@@ -119,7 +119,7 @@ def test_alphaedit_equals_the_papers_formula():
     lower = create("alphaedit", settings).fit(lm, [first])
     prefixes = context_prefixes(lm, 2, 0, lengths=(10,))
     before = context_keys(lm, 1, [first], prefixes, chat=False).mean(1).T.double()
-    free = least_used(lm, 1, 0.7, MOMENT, silent).double()
+    free = least_used(lm, 1, 0.7, MOMENT, silent)
     P = free @ free.T
     with lm.patched(lower):
         upper = create("alphaedit", settings).fit(lm, [second])
@@ -171,8 +171,8 @@ def test_directions_are_orthonormal_least_used_first_and_computed_once(monkeypat
     lm = tiny_lm()
     basis = least_used(lm, 1, 0.5, MOMENT, silent)
     assert basis.shape == (48, 24)
-    torch.testing.assert_close(basis.T @ basis, torch.eye(24), rtol=1e-4, atol=1e-5)
-    moment = second_moment(lm, 1, MOMENT, silent)
+    torch.testing.assert_close(basis.T @ basis, torch.eye(24).double(), rtol=1e-4, atol=1e-5)
+    moment = second_moment(lm, 1, MOMENT, silent).double()
     used = (basis.T @ moment @ basis).diagonal()
     assert (used.diff() > -1e-6).all()
     assert used.max() <= moment.diagonal().max()

@@ -27,7 +27,7 @@ from factpatch.lm.anatomy import Projection
 from factpatch.methods.base import Layers, Method, Preset, Traits
 from factpatch.methods.insertion import insert
 from factpatch.methods.keys import context_keys, context_prefixes, subject_outputs
-from factpatch.methods.moments import MomentConfig, factorised, least_used, second_moment
+from factpatch.methods.moments import MomentConfig, directions, least_used, metric_factor, second_moments
 from factpatch.methods.values import ValueConfig, target_values
 from factpatch.patches import LowRank, WeightPatch
 from factpatch.progress import Progress, silent
@@ -75,7 +75,7 @@ class _Spread(Method[C], Generic[C]):
         """Search the values, then change one block after the other."""
         layers = _layers(lm, config)
         settled = config.model_copy(update={"layers": layers})
-        edited = tuple(dict.fromkeys((layers[0], layers[-1]))) if config.ends_only else layers
+        edited = _edited(lm, config)
         prefixes = context_prefixes(lm, config.contexts, config.seed, lengths=(10,))
         site, *beside = self.sites(lm, layers[-1])
         first = layers[-1] + (site is lm.anatomy.block(layers[-1]))
@@ -157,8 +157,7 @@ class Memit(_Spread[MemitConfig]):
     def prepare(self, lm: LM, progress: Progress = silent) -> None:
         """Compute and cache the second moments."""
         config = self.resolve(lm)
-        for layer in _layers(lm, config):
-            second_moment(lm, layer, config, progress)
+        second_moments(lm, _edited(lm, config), config, progress)
 
     def solve(
         self,
@@ -170,7 +169,7 @@ class Memit(_Spread[MemitConfig]):
         progress: Progress,
     ) -> LowRank:
         """Equation 14."""
-        factor = factorised(second_moment(lm, layer, config, progress), config.damping)
+        factor = metric_factor(lm, layer, config, progress, beside=_edited(lm, config))
         return insert(residuals, keys, factor, ridge=config.prior)
 
 
@@ -221,8 +220,7 @@ class AlphaEdit(_Spread[AlphaEditConfig]):
     def prepare(self, lm: LM, progress: Progress = silent) -> None:
         """Compute and cache the directions."""
         config = self.resolve(lm)
-        for layer in _layers(lm, config):
-            least_used(lm, layer, config.free_share, config, progress)
+        directions(lm, _edited(lm, config), config, progress)
 
     def solve(
         self,
@@ -234,7 +232,7 @@ class AlphaEdit(_Spread[AlphaEditConfig]):
         progress: Progress,
     ) -> LowRank:
         """Equation 14, in the coordinates of the free directions, where the projector is the identity."""
-        free = least_used(lm, layer, config.free_share, config, progress).double()
+        free = least_used(lm, layer, config.free_share, config, progress, beside=_edited(lm, config))
         earlier = _earlier_keys(lm, lm.anatomy.mlp_out(layer), len(keys)).double() @ free
         metric = earlier.T @ earlier + config.l2 * torch.eye(free.shape[1], dtype=torch.double)
         within = insert(residuals, free.T @ keys.double().cpu(), torch.linalg.cholesky(metric), ridge=1.0)
@@ -260,3 +258,9 @@ def _layers(lm: LM, config: SpreadConfig) -> tuple[int, ...]:
         return tuple(sorted(set(config.layers)))
     last = round(lm.anatomy.n_layers / 4)
     return tuple(range(max(0, last - 4), last + 1))
+
+
+def _edited(lm: LM, config: SpreadConfig) -> tuple[int, ...]:
+    """Those of these blocks that are changed."""
+    layers = _layers(lm, config)
+    return tuple(dict.fromkeys((layers[0], layers[-1]))) if config.ends_only else layers

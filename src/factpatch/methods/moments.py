@@ -1,30 +1,46 @@
-"""Second moments of keys: `C = E[k kᵀ]` at one block's MLP output projection, uncentred, over many tokens.
+"""Second moments of keys: `C = E[k kᵀ]` at a block's MLP output projection, uncentred, over many tokens.
 
 ROME measures how much a change disturbs other keys in the metric of `C` (arXiv 2202.05262, equation 2). A few ten
 thousand tokens serve where the reference takes 100,000 documents (arXiv 2506.04226). By default they are of text that the
 model itself writes, so that nothing need be fetched.
+
+What is slow is done once: moments and directions on disk, for each model; the matrices that solves need of them in memory,
+while the model is in hand.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from time import monotonic
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from factpatch.errors import BadConfig, SingularMoment
+from factpatch.errors import BadConfig, OutputError, SingularMoment
 from factpatch.lm import LM
-from factpatch.lm.cache import cached_tensors
-from factpatch.lm.run import Batch, Sampler, generate, input_of, length_batches
+from factpatch.lm.anatomy import Projection
+from factpatch.lm.cache import Unfinished, cached_each, cached_tensors
+from factpatch.lm.hooks import reading
+from factpatch.lm.run import Batch, Sampler, by_rows, generate, input_of, length_batches
 from factpatch.methods.base import Config
 from factpatch.progress import Progress
 
-__all__ = ["MomentConfig", "factorised", "least_used", "second_moment"]
+__all__ = ["MomentConfig", "directions", "factorised", "least_used", "metric_factor", "second_moment", "second_moments"]
+
+_KEEP_EVERY = 20.0
+"""Seconds between two times at which unfinished sums are kept."""
+
+_MOST_AT_HAND = 8 << 30
+"""Bytes that the matrices kept with one model may take together: MEMIT's five of Llama-2-7B take 5 GB."""
 
 _OPENINGS = (
     "The history of", "The city of", "The capital of", "The president of", "The author of", "The novel", "The film",
@@ -51,35 +67,81 @@ class MomentConfig(Config):
     damping: PositiveFloat = Field(default=1e-3, description="added to the diagonal of C, in units of its mean")
 
 
-def second_moment(lm: LM, layer: int, config: MomentConfig, progress: Progress) -> Float[Tensor, "inter inter"]:
-    """`C` of block `layer`, float32 on the CPU; computed once for each model, block and corpus, then cached.
+def second_moments(
+    lm: LM, layers: Iterable[int], config: MomentConfig, progress: Progress
+) -> dict[int, Float[Tensor, "inter inter"]]:
+    """`C` of each of these blocks, float32 on the CPU; computed once for each model, block and corpus, then cached.
 
-    Raises BadConfig if the corpus cannot be read.
+    What is missing is gathered in one pass over the text. A pass that was cut off is gone on with where it was, and
+    ends with the same numbers to the bit. Raises BadConfig if the corpus cannot be read, AnatomyError.
+    """
+    keys = _keys(lm, layers, config)
+
+    def compute(missing: Sequence[int]) -> Iterator[dict[str, Tensor]]:
+        with lm.unpatched():  # the result is filed under the base model's fingerprint
+            sites = {layer: lm.anatomy.mlp_out(layer) for layer in missing}
+            texts = _texts(lm, config, progress)
+            totals = _accumulate(lm, sites, keys, texts, progress)
+        tokens = sum(len(text) for text in texts)
+        for layer in missing:
+            yield {"C": totals.pop(layer).div_(tokens).float()}
+
+    return {layer: found["C"] for layer, found in cached_each("second-moment", keys, compute).items()}
+
+
+def second_moment(lm: LM, layer: int, config: MomentConfig, progress: Progress) -> Float[Tensor, "inter inter"]:
+    """As `second_moments`, of one block."""
+    return second_moments(lm, [layer], config, progress)[layer]
+
+
+def metric_factor(
+    lm: LM, layer: int, config: MomentConfig, progress: Progress, *, beside: Iterable[int] = ()
+) -> Float[Tensor, "inter inter"]:
+    """`factorised(C, damping)` of block `layer`, computed once while the model is in hand.
+
+    beside  blocks whose moments will be wanted too, and are gathered in the same pass if they are missing
     """
 
-    def compute() -> dict[str, Tensor]:
-        with lm.unpatched():  # the result is filed under the base model's fingerprint
-            return {"C": _accumulate(lm, layer, _texts(lm, config, progress), progress)}
+    def compute() -> Tensor:
+        return factorised(second_moments(lm, {layer, *beside}, config, progress)[layer], config.damping)
 
-    return cached_tensors("second-moment", _key(lm, layer, config), compute)["C"]
+    return _at_hand(lm, ("factor", config.damping, _described(lm, layer, config)), compute)
+
+
+def directions(
+    lm: LM, layers: Iterable[int], config: MomentConfig, progress: Progress
+) -> dict[int, Float[Tensor, "inter inter"]]:
+    """All directions of the keys of each of these blocks, as orthonormal columns, the least used first.
+
+    The eigenvectors of `C`, by eigenvalue; float32 on the CPU, cached. Raises what `second_moments` raises.
+    """
+    keys = _keys(lm, layers, config)
+
+    def compute(missing: Sequence[int]) -> Iterator[dict[str, Tensor]]:
+        moments = second_moments(lm, missing, config, progress)
+        for i, layer in enumerate(missing):
+            progress(f"Sorting the directions of block {layer} (once)", i, len(missing))
+            yield {"vectors": torch.linalg.eigh(moments.pop(layer).double()).eigenvectors.float()}
+
+    return {layer: found["vectors"] for layer, found in cached_each("directions", keys, compute).items()}
 
 
 def least_used(
-    lm: LM, layer: int, share: float, config: MomentConfig, progress: Progress
+    lm: LM, layer: int, share: float, config: MomentConfig, progress: Progress, *, beside: Iterable[int] = ()
 ) -> Float[Tensor, "inter free"]:
     """An orthonormal basis of the directions that keys of block `layer` use least, `share` of them all.
 
-    The eigenvectors of `C` with the smallest eigenvalues; float32 on the CPU, cached. AlphaEdit (arXiv 2410.02355) takes
-    those below a threshold, which depends on the model's scale; a share does not.
+    float64 on the CPU, made once while the model is in hand. AlphaEdit (arXiv 2410.02355) takes the directions with
+    eigenvalues below a threshold, which depends on the model's scale; a share does not.
+
+    beside  blocks whose directions will be wanted too; their moments are gathered in the same pass if they are missing
     """
 
-    def compute() -> dict[str, Tensor]:
-        moment = second_moment(lm, layer, config, progress)
-        progress(f"Sorting the directions of block {layer} (once)", 0, 1)
-        return {"vectors": torch.linalg.eigh(moment.double()).eigenvectors.float()}
+    def compute() -> Tensor:
+        vectors = directions(lm, {layer, *beside}, config, progress)[layer]
+        return vectors[:, : max(1, round(share * len(vectors)))].double()
 
-    vectors = cached_tensors("directions", _key(lm, layer, config), compute)["vectors"]
-    return vectors[:, : max(1, round(share * len(vectors)))]
+    return _at_hand(lm, ("least used", share, _described(lm, layer, config)), compute)
 
 
 def factorised(moment: Float[Tensor, "inter inter"], damping: float) -> Float[Tensor, "inter inter"]:
@@ -87,10 +149,10 @@ def factorised(moment: Float[Tensor, "inter inter"], damping: float) -> Float[Te
 
     Raises SingularMoment if that is not positive definite.
     """
-    exact = moment.double()
-    ridge = damping * exact.diagonal().mean()
+    damped = moment.to(torch.double, copy=True)
+    damped.diagonal().add_(damping * damped.diagonal().mean())
     factor: Tensor
-    factor, failed = torch.linalg.cholesky_ex(exact + ridge * torch.eye(len(exact), dtype=torch.double))
+    factor, failed = torch.linalg.cholesky_ex(damped)
     if failed:
         raise SingularMoment(
             "the second moment of the keys is not positive definite.\n"
@@ -99,18 +161,42 @@ def factorised(moment: Float[Tensor, "inter inter"], damping: float) -> Float[Te
     return factor
 
 
-def _key(lm: LM, layer: int, config: MomentConfig) -> dict[str, object]:
-    """All that the keys' statistics depend on."""
-    return {
+class _AtHand:
+    """Matrices kept from one fit to the next; those not asked for the longest are dropped when all take too much."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Hashable, Tensor] = {}
+
+    def get(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+        found = self._kept.pop(key) if key in self._kept else compute()
+        self._kept[key] = found  # the last in order
+        while sum(tensor.nbytes for tensor in self._kept.values()) > _MOST_AT_HAND:
+            del self._kept[next(iter(self._kept))]
+        return found
+
+
+def _at_hand(lm: LM, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+    """A matrix of the base model, computed once or again where memory was short; `key` holds all else it depends on."""
+    return lm.once("matrices at hand", _AtHand).get(key, compute)
+
+
+def _keys(lm: LM, layers: Iterable[int], config: MomentConfig) -> dict[int, dict[str, object]]:
+    """For each block, all that its keys' statistics depend on."""
+    shared = {
         "fingerprint": lm.fingerprint,
         "surroundings": lm.surroundings,
         "dtype": str(lm.dtype),
-        "layer": layer,
         "source": _source(config),
         "tokens": config.moment_tokens,
         "length": config.moment_length,
         "version": 1,
     }
+    return {layer: {**shared, "layer": layer} for layer in sorted(set(layers))}
+
+
+def _described(lm: LM, layer: int, config: MomentConfig) -> str:
+    """The same of one block, in a form that can be a key."""
+    return json.dumps(_keys(lm, [layer], config)[layer])
 
 
 def _source(config: MomentConfig) -> str:
@@ -180,18 +266,30 @@ def _cached_own_text(lm: LM, config: MomentConfig, progress: Progress) -> list[t
     }
 
     def compute() -> dict[str, Tensor]:
-        rows = _self_written(lm, config, progress)
-        ids = torch.tensor([token for row in rows for token in row])
-        return {"ids": ids, "lengths": torch.tensor([len(row) for row in rows])}
+        return _packed(_self_written(lm, config, Unfinished("own-text", key), progress))
 
-    kept = cached_tensors("own-text", key, compute)
-    return [tuple(row.tolist()) for row in torch.split(kept["ids"], kept["lengths"].tolist())]
+    return _rows(cached_tensors("own-text", key, compute))
 
 
-def _self_written(lm: LM, config: MomentConfig, progress: Progress) -> list[tuple[int, ...]]:
-    """Texts the model writes after neutral openings, sampled broadly; all of one length, so none needs padding."""
-    rows: list[tuple[int, ...]] = []
-    written = 0
+def _packed(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """Token rows, to be kept."""
+    ids = torch.tensor([token for row in rows for token in row])
+    return {"ids": ids, "lengths": torch.tensor([len(row) for row in rows])}
+
+
+def _rows(packed: Mapping[str, Tensor]) -> list[tuple[int, ...]]:
+    """From what `_packed` gave."""
+    return [tuple(row.tolist()) for row in torch.split(packed["ids"], packed["lengths"].tolist())]
+
+
+def _self_written(lm: LM, config: MomentConfig, unfinished: Unfinished, progress: Progress) -> list[tuple[int, ...]]:
+    """Texts the model writes after neutral openings, sampled broadly; all of one length, so none needs padding.
+
+    Each round is kept in `unfinished`, and those that are there already are not written again.
+    """
+    kept = unfinished.read()
+    rows = [] if kept is None else _rows(kept)
+    written = sum(len(row) for row in rows)
     while written < config.moment_tokens:
         progress("Writing text to measure the model on (once)", written, config.moment_tokens)
         prompts = [lm.tokens.encode(opening).ids for opening in _OPENINGS]
@@ -204,19 +302,76 @@ def _self_written(lm: LM, config: MomentConfig, progress: Progress) -> list[tupl
             if row:
                 rows.append(row)
                 written += len(row)
+        if written < config.moment_tokens:
+            unfinished.keep(_packed(rows))
     return rows
 
 
-def _accumulate(lm: LM, layer: int, texts: Sequence[Sequence[int]], progress: Progress) -> Float[Tensor, "inter inter"]:
-    """The mean of `k kᵀ` over all tokens: products in float32, summed in float64."""
-    projection = lm.anatomy.mlp_out(layer)
-    width = projection.matrix.shape[1]
-    total = torch.zeros(width, width, dtype=torch.double)
+@dataclass
+class _Sum:
+    """The sum of `k kᵀ` at one projection, over the first `done` batches: products in float32, summed in float64."""
+
+    site: Projection
+    total: Float[Tensor, "inter inter"]
+    done: int
+    unfinished: Unfinished
+
+    @classmethod
+    def begun(cls, site: Projection, unfinished: Unfinished) -> _Sum:
+        """Over those batches that were kept; over none if none were."""
+        kept = unfinished.read()
+        if kept is None:
+            width = site.matrix.shape[1]
+            return cls(site, torch.zeros(width, width, dtype=torch.double), 0, unfinished)
+        return cls(site, kept["total"], int(kept["done"]), unfinished)
+
+    def add(self, mask: Bool[Tensor, "batch seq"], read: Tensor, _: Tensor) -> None:
+        """One batch, while the projection reads it."""
+        keys = by_rows(read)[mask].float()
+        self.total += (keys.T @ keys).cpu()
+
+    def keep(self) -> None:
+        """For when this process is killed; where there is no room for that, the work goes on without."""
+        with suppress(OutputError):
+            self.unfinished.keep({"total": self.total, "done": torch.tensor(self.done)})
+
+
+def _accumulate(
+    lm: LM,
+    sites: Mapping[int, Projection],
+    keys: Mapping[int, Mapping[str, object]],
+    texts: Sequence[Sequence[int]],
+    progress: Progress,
+) -> dict[int, Float[Tensor, "inter inter"]]:
+    """The sum of `k kᵀ` over all tokens at each of these blocks, in one pass; float64 on the CPU."""
+    batches = [[tuple(texts[i]) for i in indices] for indices in length_batches([len(text) for text in texts])]
+    # How many batches are done means nothing if the batches are others, such as after an upgrade.
+    work = "sums over batches " + hashlib.sha256(repr(batches).encode()).hexdigest()
+    sums = {layer: _Sum.begun(site, Unfinished("second-moment", keys[layer], work)) for layer, site in sites.items()}
+    doing = f"Measuring keys at block{'s' if len(sums) > 1 else ''} {', '.join(map(str, sums))} (once)"
     tokens, in_all = 0, sum(len(text) for text in texts)
-    for indices in length_batches([len(text) for text in texts]):
-        batch = Batch.of([texts[i] for i in indices], lm.device)
-        keys = input_of(lm, projection.module, batch)[batch.mask.bool()].float()
-        total += (keys.T @ keys).double().cpu()
-        tokens += len(keys)
-        progress(f"Measuring keys at block {layer} (once)", tokens, in_all)
-    return (total / tokens).float()
+    keep_at = monotonic() + _KEEP_EVERY
+    for number, rows in enumerate(batches):
+        # Blocks may have come to different batches, if they were not begun or not kept together.
+        behind = {layer: each for layer, each in sums.items() if each.done == number}
+        if behind:
+            _add(lm, behind, Batch.of(rows, lm.device))
+        tokens += sum(len(row) for row in rows)
+        progress(doing, tokens, in_all)
+        now = monotonic()
+        if now >= keep_at and tokens < in_all:
+            for each in behind.values():
+                each.keep()
+            # Sums of a large model take a gigabyte for each block; a tenth of the time is enough for writing them.
+            keep_at = monotonic() + max(_KEEP_EVERY, 9 * (monotonic() - now))
+    return {layer: each.total for layer, each in sums.items()}
+
+
+def _add(lm: LM, sums: Mapping[int, _Sum], batch: Batch) -> None:
+    """One batch to each of the sums; the model runs as far as the highest of these blocks."""
+    with ExitStack() as hooks:
+        for each in sums.values():
+            hooks.enter_context(reading(each.site.module, partial(each.add, batch.mask.bool())))
+        input_of(lm, sums[max(sums)].site.module, batch)
+    for each in sums.values():
+        each.done += 1

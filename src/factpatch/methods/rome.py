@@ -20,7 +20,7 @@ from factpatch.lm import LM
 from factpatch.methods.base import Method, Preset, Traits
 from factpatch.methods.insertion import insert
 from factpatch.methods.keys import context_keys, context_prefixes
-from factpatch.methods.moments import MomentConfig, factorised, second_moment
+from factpatch.methods.moments import MomentConfig, metric_factor, second_moment
 from factpatch.methods.values import TargetValue, ValueConfig, target_values
 from factpatch.patches import LowRank, WeightPatch
 from factpatch.progress import Progress, silent
@@ -92,7 +92,7 @@ class Rome(Method[RomeConfig]):
         """One edit after the other, each on the model as the earlier ones left it; or all at once."""
         layer = _layer(lm, config)
         settled = config.model_copy(update={"layer": layer})
-        factor = factorised(second_moment(lm, layer, config, progress), config.damping) if config.covariance else None
+        factor = metric_factor(lm, layer, config, progress) if config.covariance else None
         prefixes = context_prefixes(lm, config.contexts, config.seed)
         notes: list[dict[str, Any]] = []
         change: LowRank | None = None
