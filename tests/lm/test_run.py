@@ -394,3 +394,21 @@ def test_writing_stops_where_the_model_can_read_no_further():
     lm = tiny_lm("gpt2")
     prompt = lm.tokens.encode("x" * 250).ids
     assert len(generate(lm, [prompt], max_new=20)[0]) == 6  # 251 are read, the sixth new one is not
+
+
+def test_rows_that_have_ended_stay_where_fewer_would_run_slower():
+    lm = tiny_lm()
+    prompts = [(5, 6, 7 + i) for i in range(20)]
+    steps, sizes = dict.fromkeys(prompts, 0), []
+
+    def choose(logits, rows):
+        sizes.append(len(rows))
+        tokens = []
+        for _, prompt in rows:
+            steps[prompt] += 1
+            tokens.append(0 if steps[prompt] > prompt[-1] - 6 else 9)
+        return torch.tensor(tokens)
+
+    written = generate(lm, prompts, max_new=40, choose=choose, end=frozenset({0}))
+    assert [len(ids) for ids in written] == list(range(1, 21)), "a row that has ended writes no more"
+    assert sizes == [20, 20, 19, 18, 17] + [16] * 14 + [2, 1]

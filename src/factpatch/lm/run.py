@@ -1,12 +1,12 @@
 """Run the model over many texts at once: read its predictions at chosen places, or let it write.
 
 Texts are sorted by length and run in batches bounded by tokens; the head is computed only where it is read. No result
-depends on batch order or size beyond float tolerance, and sampling is seeded by each text alone.
+depends on batch order or size beyond float tolerance, and sampling is seeded by each text alone. What many texts begin
+with runs once for all of them.
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -18,9 +18,12 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from factpatch.lm.anatomy import Anatomy
 from factpatch.lm.hooks import reading, recording, replacing_input, resuming, until
+from factpatch.lm.kv import adding_to, begun, roomy
+from factpatch.lm.prefix import ONE_PASS, Shared, shared_prefixes
 from factpatch.lm.tokens import Encoded
 
 __all__ = [
@@ -48,7 +51,10 @@ __all__ = [
 ]
 
 BATCH_TOKENS = 4096
-"""How many tokens, padding included, one batch holds at most. Bounds memory; does not change results."""
+"""How many tokens, padding included, one batch holds at most, those whose keys and values it is given too.
+
+Bounds memory; does not change results.
+"""
 
 
 @runtime_checkable
@@ -163,6 +169,12 @@ def _forward(lm: Runnable, batch: Batch) -> Any:
         return lm.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
 
 
+def _forward_on(lm: Runnable, ids: Int[Tensor, "batch new"], mask: Int[Tensor, "batch seq"], past: Any) -> Any:
+    """The last columns, after those whose keys and values are in `past`. The output has them all."""
+    positions = _positions(lm, mask, ids.shape[1])
+    return lm.model(input_ids=ids, attention_mask=mask, past_key_values=past, use_cache=True, **positions)
+
+
 @dataclass(frozen=True, slots=True)
 class Places:
     """Positions in a batch: row and column of each."""
@@ -261,21 +273,16 @@ class UpperRun:
     def _run(self) -> Any:
         if not self.since:
             return _forward(self.lm, self.batch)
-        # Of its own for each run, which adds its keys and values to it.
-        past = copy.deepcopy(self._past)
-        return self._columns(slice(self.since, None), self.batch.mask, past)
+        # Each run adds keys and values of its own.
+        past = adding_to(self._past)
+        with passing(Pass(self.batch.mask, self.batch.ends)):
+            return _forward_on(self.lm, self.batch.ids[:, self.since :], self.batch.mask, past)
 
     def _read_past(self) -> Any:
         """Keys and values of all blocks in the columns before; nothing reads what is predicted there."""
-        with _only_at(self.lm, Places.of([[]], self.lm.device)):
-            out = self._columns(slice(0, self.since), self.batch.mask[:, : self.since], None)
-        return out.past_key_values
-
-    def _columns(self, columns: slice, mask: Tensor, past: Any) -> Any:
-        ids = self.batch.ids[:, columns]
-        positions = _positions(self.lm, mask, ids.shape[1])
-        with passing(Pass(mask, self.batch.ends)):
-            return self.lm.model(input_ids=ids, attention_mask=mask, past_key_values=past, use_cache=True, **positions)
+        ids, mask = self.batch.ids[:, : self.since], self.batch.mask[:, : self.since]
+        with _only_at(self.lm, Places.of([[]], self.lm.device)), passing(Pass(mask, self.batch.ends)):
+            return _forward_on(self.lm, ids, mask, None).past_key_values
 
 
 def can_resume(lm: Runnable) -> bool:
@@ -290,17 +297,110 @@ def _positions(lm: Runnable, mask: Int[Tensor, "batch seq"], last: int) -> dict[
     return {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, -last:]}
 
 
-def length_batches(lengths: Sequence[int], budget: int | None = None) -> Iterator[list[int]]:
-    """Indices sorted by length and cut so that rows times the longest stay within the budget, `BATCH_TOKENS` if none."""
+def length_batches(
+    lengths: Sequence[int], budget: int | None = None, *, widths: Sequence[int] | None = None
+) -> Iterator[list[int]]:
+    """Indices sorted by length and cut so that rows times the longest stay within the budget, `BATCH_TOKENS` if none.
+
+    widths  what counts for the budget, where it is not the lengths
+    """
     budget = BATCH_TOKENS if budget is None else budget
+    widths = lengths if widths is None else widths
     batch: list[int] = []
+    widest = 0
     for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        if batch and (len(batch) + 1) * lengths[index] > budget:
+        widest = max(widest, widths[index])
+        if batch and (len(batch) + 1) * widest > budget:
             yield batch
-            batch = []
+            batch, widest = [], widths[index]
         batch.append(index)
     if batch:
         yield batch
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """Keys and values of prefixes, and how a batch of texts begins with them.
+
+    prefixes  a row for each prefix
+    whose     the prefix of each text
+    last      how many columns at the end of the batch, which is padded on the left, must run
+    """
+
+    prefixes: DynamicCache
+    whose: tuple[int, ...]
+    last: int
+
+    def past(self, batch: Batch, more: int = 0) -> tuple[int, DynamicCache]:
+        """How many columns of the batch need not run, and their keys and values, with room for all columns and more.
+
+        Texts end in one column, so one with less after its prefix than another runs the end of the prefix again.
+        """
+        width = batch.ids.shape[1]
+        since, starts = width - self.last, (width - batch.mask.sum(-1)).tolist()
+        return since, begun(self.prefixes, list(zip(self.whose, starts, strict=True)), since, width + more)
+
+
+def _batches(
+    lm: Runnable, texts: Sequence[Sequence[int]], prompts: Sequence[int], more: int = 0
+) -> Iterator[tuple[list[int], _Known | None]]:
+    """Batches of texts by index, and what is known of each before it runs.
+
+    prompts  how many tokens of each text stand before all that is read; the last of these is never taken as known
+    more     how many tokens will be written after each
+
+    Beside a batch, the keys and values of some prefixes are held, as many as a batch may hold.
+    """
+    lengths = [len(text) + more for text in texts]
+    groups = shared_prefixes([text[: prompt - 1] for text, prompt in zip(texts, prompts, strict=True)])
+    alone = sorted({*range(len(texts))}.difference(*(group.texts for group in groups)))
+    # Texts that share nothing lose those that do from their batches: at worst there is one more, with all its passes.
+    lost = ONE_PASS * more if alone else 0
+    if not groups or sum(group.gain for group in groups) < lost or not _can_share(lm):
+        groups, alone = [], list(range(len(texts)))
+    for bundle in length_batches([group.length for group in groups]):
+        own = [groups[i] for i in bundle]
+        prefixes = _read_prefixes(lm, [texts[group.texts[0]][: group.length] for group in own])
+        if prefixes is None:
+            alone += [i for group in own for i in group.texts]
+            continue
+        yield from _batches_of(own, prefixes, lengths, more)
+    for batch in length_batches([lengths[i] for i in alone]):
+        yield [alone[i] for i in batch], None
+
+
+def _batches_of(
+    groups: Sequence[Shared], prefixes: DynamicCache, lengths: Sequence[int], more: int
+) -> Iterator[tuple[list[int], _Known]]:
+    """Batches of the texts of all these groups, sorted by how much of them is left to run."""
+    texts = [(i, whose, lengths[i] - more - group.length) for whose, group in enumerate(groups) for i in group.texts]
+    for batch in length_batches([left for _, _, left in texts], widths=[lengths[i] for i, _, _ in texts]):
+        indices, whose, left = zip(*(texts[i] for i in batch), strict=True)
+        yield list(indices), _Known(prefixes, whose, max(left))
+
+
+@torch.no_grad()
+def _read_prefixes(lm: Runnable, prefixes: Sequence[Sequence[int]]) -> DynamicCache | None:
+    """Keys and values of all blocks; None if the model does not keep all it knows of a text in such a cache."""
+    batch = Batch.of(prefixes, lm.device)
+    cache = roomy(lm.model, batch.ids.shape[1])
+    if cache is None:
+        return None
+    with evaluating(lm.model), _only_at(lm, Places.of([[]], lm.device)), passing(Pass(batch.mask, batch.ends)):
+        _forward_on(lm, batch.ids, batch.mask, cache)
+    is_read = all(cache.get_seq_length(i) == batch.ids.shape[1] for i in range(len(cache.layers)))
+    return cache if is_read else None
+
+
+def _can_share(lm: Runnable) -> bool:
+    """Whether a prefix is read alike whatever follows.
+
+    Hooks may see to it that it is not, on any lane; without any, all lanes read alike. Nor is it where a model stretches its
+    rotary angles with the length of the text.
+    """
+    kinds = [getattr(module, "rope_type", None) for module in lm.model.modules()]
+    flat = {kind for own in kinds for kind in (own.values() if isinstance(own, dict) else [own])}
+    return can_resume(lm) and not flat & {"dynamic", "longrope"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,12 +426,25 @@ class Prediction:
 
 def target_logprobs(lm: Runnable, texts: Sequence[Encoded]) -> Iterator[tuple[int, Float[Tensor, "target vocab"]]]:
     """By the index of each text, log-probabilities before each token of its target, in nats; in an order of its own."""
-    for indices in length_batches([len(text.ids) for text in texts]):
+    for indices, known in _batches(lm, [text.ids for text in texts], [text.target for text in texts]):
         chosen = [texts[i] for i in indices]
-        places = Places.of([range(text.target - 1, len(text.ids) - 1) for text in chosen], lm.device)
-        with torch.no_grad():
-            logprobs = logits_at(lm, Batch.of_texts(chosen, lm.device), places).log_softmax(-1)
+        logprobs = _target_logits(lm, chosen, known).log_softmax(-1)
         yield from zip(indices, torch.split(logprobs, [len(text.target_ids) for text in chosen]), strict=True)
+
+
+@torch.no_grad()
+def _target_logits(lm: Runnable, texts: Sequence[Encoded], known: _Known | None) -> Float[Tensor, "reads vocab"]:
+    columns = [range(text.target - 1, len(text.ids) - 1) for text in texts]
+    if known is None:
+        return logits_at(lm, Batch.of_texts(texts, lm.device), Places.of(columns, lm.device))
+    batch = Batch.of([text.ids for text in texts], lm.device, left=True)
+    since, past = known.past(batch)
+    shifts = [batch.ids.shape[1] - len(text.ids) - since for text in texts]
+    here = Places.of([[c + shift for c in own] for own, shift in zip(columns, shifts, strict=True)], lm.device)
+    with evaluating(lm.model), _only_at(lm, here), passing(Pass(batch.mask, batch.ends)):
+        out = _forward_on(lm, batch.ids[:, since:], batch.mask, past)
+    logits: Tensor = out.logits[0]
+    return logits.float()
 
 
 def predict(lm: Runnable, texts: Sequence[Encoded]) -> list[Prediction]:
@@ -424,48 +537,52 @@ def generate(
     lanes  the lane of each prompt, as in `LM.side_by_side`; none by default
 
     A row ends before a token in `end`, or after the token at which `stop(written so far)` is true; rows that have ended
-    leave the batch.
+    leave the batch, but for a few where the others would run slower alone.
     """
     own: Sequence[int | None] = lanes or [None] * len(prompts)
     rows: list[Row] = [(lane, tuple(prompt)) for lane, prompt in zip(own, prompts, strict=True)]
     wanted = list(dict.fromkeys(rows))
     done: dict[Row, list[int]] = {}
     with evaluating(lm.model):
-        for indices in length_batches([len(prompt) + max_new for _, prompt in wanted]):
+        asked = [prompt for _, prompt in wanted]
+        for indices, known in _batches(lm, asked, [len(prompt) for prompt in asked], max_new):
             chosen = [wanted[i] for i in indices]
             room = getattr(lm.model.config, "max_position_embeddings", None)
             most = max_new if room is None else min(max_new, room - max(len(prompt) for _, prompt in chosen) + 1)
-            done.update(zip(chosen, _write(lm, chosen, most, choose, stop, end), strict=True))
+            done.update(zip(chosen, _write(lm, chosen, known, most, choose, stop, end), strict=True))
     return [list(done[row]) for row in rows]
 
 
 def _write(
     lm: Runnable,
     rows: Sequence[Row],
+    known: _Known | None,
     max_new: int,
     choose: Chooser,
     stop: Callable[[list[int]], bool],
     end: frozenset[int],
 ) -> list[list[int]]:
     written: list[list[int]] = [[] for _ in rows]
-    live = list(range(len(rows)))
+    live, ended = list(range(len(rows))), set[int]()
     batch = Batch.of([prompt for _, prompt in rows], lm.device, left=True, lanes=[lane for lane, _ in rows])
-    ids, mask, cache = batch.ids, batch.mask, None
+    more = max(0, max_new)
+    since, cache = known.past(batch, more) if known else (0, roomy(lm.model, batch.ids.shape[1] + more))
+    ids, mask = batch.ids[:, since:], batch.mask
     now = Pass(mask, batch.ends, lanes=batch.lanes)
     with replacing_input(lm.anatomy.head, lambda hidden: hidden[:, -1:]):
         for _ in range(max_new):
-            positions = _positions(lm, mask, ids.shape[1])
             with passing(now):
-                out = lm.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **positions)
+                out = _forward_on(lm, ids, mask, cache)
             cache = out.past_key_values
             tokens = choose(out.logits[:, -1], [rows[i] for i in live])
-            stay = []
-            for row, (index, token) in enumerate(zip(live, tokens.tolist(), strict=True)):
-                if token in end:
+            for index, token in zip(live, tokens.tolist(), strict=True):
+                if index in ended:
                     continue
-                written[index].append(token)
-                if not stop(written[index]):
-                    stay.append(row)
+                if token not in end:
+                    written[index].append(token)
+                if token in end or stop(written[index]):
+                    ended.add(index)
+            stay = _that_stay(live, ended)
             if not stay:
                 break
             ids, mask = tokens[:, None], torch.cat([mask, mask.new_ones(len(live), 1)], dim=1)
@@ -478,3 +595,14 @@ def _write(
                 now.lanes = None if now.lanes is None else now.lanes[kept]
             now.mask, now.ends = mask, None
     return written
+
+
+_FEW, _ENOUGH = 2, 16
+"""Products with more rows than the first and fewer than the second take longer than with the second: twice as long with 8."""
+
+
+def _that_stay(live: Sequence[int], ended: Collection[int]) -> list[int]:
+    """Which rows of a batch go on: those that have not ended, and some that have where fewer would take longer."""
+    going = [row for row, index in enumerate(live) if index not in ended]
+    spare = _ENOUGH - len(going) if _FEW < len(going) < _ENOUGH else 0
+    return sorted([*going, *[row for row, index in enumerate(live) if index in ended][:spare]])
