@@ -15,7 +15,6 @@ from factpatch.bench import Cell, Grid, MethodSpec, Mode, Outcome, Run, Store, W
 from factpatch.bench.cluster import _Cluster
 from factpatch.bench.outcome import ALONE, watching_memory
 from factpatch.bench.run import Turn
-from factpatch.bench.singles import ABREAST
 from factpatch.data import write_jsonl
 from factpatch.edits import Edit, Probe
 from factpatch.errors import AnatomyError, BadConfig, BadFile, OutputError, UnknownMethod
@@ -28,7 +27,15 @@ from tests.cards import rows
 QUICK = {"layer": 1, "steps": 4, "lr": 1e-2}
 METHODS = [{"name": "ft-m", "settings": QUICK}, {"name": "grace", "settings": {"steps": 3}}, "ice"]
 TIMES = {"fit_seconds", "score_seconds", "peak_memory_mb", "prepare_seconds"}
+ABREAST = 5
 fork = multiprocessing.get_context("fork")
+
+
+@pytest.fixture(autouse=True)
+def few_abreast(monkeypatch):
+    """So that there is more than one turn on few edits."""
+    for module in ("run", "sequence", "singles"):
+        monkeypatch.setattr(f"factpatch.bench.{module}.ABREAST", ABREAST)
 
 
 def facts(n):
@@ -120,8 +127,8 @@ def test_what_is_on_record_is_not_made_again(data, tmp_path, monkeypatch):
 def test_all_methods_get_their_turn_on_the_first_edits(data, tmp_path):
     run = run_of(grid_of(data), tmp_path / "run")
     turns = [(turn.spec.name, list(turn.units)) for turn in run.turns()]
-    first, rest = list(range(ABREAST)), list(range(ABREAST, 11))
-    assert turns == [(name, part) for part in (first, rest) for name in ("ft-m", "grace", "ice")]
+    parts = [list(range(start, min(start + ABREAST, 11))) for start in range(0, 11, ABREAST)]
+    assert turns == [(name, part) for part in parts for name in ("ft-m", "grace", "ice")]
 
 
 def test_batches_are_one_patch_of_several_edits(data, tmp_path):
