@@ -1,4 +1,4 @@
-"""The plain paths that `speed.py` measures ours against, and that tests hold ours to.
+"""The plain paths that `speed.py` measures ours against; it tells how far the results differ, and tests hold values to them.
 
 They go the way published implementations go: one value at a time through the whole network, with logits at every position;
 one prompt at a time when scoring; statistics of one block at a time; a dense solve. Nothing is kept that could be computed

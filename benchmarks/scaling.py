@@ -45,7 +45,7 @@ def main(
     rows: list[Row] = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
     done = {(row["method"], row["edits"]) for row in rows}
     with progress() as report:
-        lm = load(model, progress=report)
+        lm = load(model, device="cpu", progress=report)
         for name in methods.split(","):
             for size in map(int, sizes.split(",")):
                 if (name, size) in done:

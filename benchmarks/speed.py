@@ -107,7 +107,7 @@ def main(
     """Run the tasks, and print the table after each; or write it into a page."""
     dataset = read(data)
     with progress() as report:
-        lm = load(model, progress=report)
+        lm = load(model, device="cpu", progress=report)
         usable = _usable(lm, dataset)[: max(edits, rounds)]
         rate = _rate()
         done: list[Timed] = []

@@ -6,7 +6,7 @@ from benchmarks import plain
 
 from factpatch.lm.run import UpperRun
 from factpatch.methods import values
-from factpatch.methods.targets import cross_entropy
+from factpatch.methods.targets import cross_entropy, tokens_at_once
 from factpatch.methods.values import ValueConfig, target_values
 from factpatch.progress import silent
 from factpatch.testing import ARCHITECTURES, tiny_edits, tiny_lm
@@ -89,3 +89,15 @@ def test_cross_entropy_and_its_gradient_equal_the_formula():
     weights = torch.randn(5, generator=generator).double()
     (ours,), (theirs,) = (torch.autograd.grad((x * weights).sum(), [logits]) for x in (got, expected))
     torch.testing.assert_close(ours, theirs)
+
+
+def test_a_batch_is_bounded_by_the_models_size_and_never_without_bound():
+    lm = tiny_lm()
+    n = lm.anatomy.n_layers
+    assert [tokens_at_once(lm, first) for first in (0, n)] == [128, 128], "a tiny model runs the fewest"
+    lm.model.register_parameter("ballast", torch.nn.Parameter(torch.empty(10**7)))
+    size = sum(p.numel() for p in lm.model.parameters())
+    blocks = sum(p.numel() for block in lm.anatomy.blocks for p in block.parameters())
+    kept = 2 * blocks // lm.anatomy.hidden_size + len(lm.anatomy.head.weight)
+    assert tokens_at_once(lm, 0) == min(4096, size // 4 // kept)
+    assert tokens_at_once(lm, n) == 4096

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from factpatch.edits import Edit
 from factpatch.lm import LM
-from factpatch.lm.run import Batch, Places, UpperRun
+from factpatch.lm.run import BATCH_TOKENS, Batch, Places, UpperRun
 from factpatch.lm.tokens import Encoded
 
 __all__ = ["TargetBatch", "cross_entropy", "tokens_at_once", "with_targets"]
@@ -24,12 +24,13 @@ _FEWEST_TOKENS = 128
 def tokens_at_once(lm: LM, first: int) -> int:
     """As many as let that which is kept for their gradients, from block `first` on, take about a quarter of the model's size.
 
-    Of each token a block keeps some twelve activations as wide as the hidden state, and five as wide as its MLP.
+    Of each token a block keeps about twice as many numbers as it has weights for each entry of the hidden state; the logits
+    come on top, as if every token were read. Never more than `BATCH_TOKENS`.
     """
-    hidden, inter = lm.anatomy.mlp_out(lm.anatomy.n_layers - 1).matrix.shape
-    kept = (lm.anatomy.n_layers - first) * (12 * hidden + 5 * inter)
+    weights = sum(p.numel() for block in lm.anatomy.blocks[first:] for p in block.parameters())
+    kept = 2 * weights // lm.anatomy.hidden_size + len(lm.anatomy.head.weight)
     size = sum(weight.numel() for weight in lm.model.parameters())
-    return max(_FEWEST_TOKENS, size // 4 // max(1, kept))
+    return min(BATCH_TOKENS, max(_FEWEST_TOKENS, size // 4 // kept))
 
 
 def with_targets(lm: LM, edits: Sequence[Edit], *, chat: bool) -> list[Encoded]:

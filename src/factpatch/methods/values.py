@@ -117,6 +117,7 @@ def target_values(
     over the contexts `x_j`, with `|delta| <= clamp |v0|` kept by projection after each step of Adam.
 
     site    the module whose output is changed, at the subject's last token
+    prefixes  the contexts, the first of them empty
     first   the first block to run again; those beneath it come before `site` and run once
     beside  further modules that get a `delta` of their own, optimised along but not returned, as PMET does
     """
