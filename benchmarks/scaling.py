@@ -43,19 +43,27 @@ def main(
     """Add the rows that are missing, and write the page anew after each."""
     kept = out.with_suffix(".jsonl")
     rows: list[Row] = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
-    done = {(row["method"], row["edits"]) for row in rows}
     with progress() as report:
         lm = load(model, device="cpu", progress=report)
+        where = {
+            "model": lm.fingerprint[:16],
+            "threads": torch.get_num_threads(),
+            "versions": {name: version(name) for name in ("factpatch", "torch", "transformers")},
+        }
+        # Rows of another model or machine stay in the file, and out of the page.
+        own = [row for row in rows if where.items() <= row.items()]
+        done = {(row["method"], row["edits"]) for row in own}
         for name in methods.split(","):
             for size in map(int, sizes.split(",")):
                 if (name, size) in done:
                     continue
                 report(f"{size} edits with {name}", 0, None)
-                rows.append(measure(lm, name, size))
+                command = f"python benchmarks/scaling.py {shlex.join(sys.argv[1:])}"
+                own.append(measure(lm, name, size) | where | {"command": command})
                 with kept.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(rows[-1]) + "\n")
-                typer.echo(table(rows[-1:])[-1])
-                _write(out, rows, lm)
+                    file.write(json.dumps(own[-1]) + "\n")
+                typer.echo(table(own[-1:])[-1])
+                _write(out, own, lm)
 
 
 def measure(lm: LM, name: str, size: int, settings: dict[str, Any] | None = None) -> Row:
@@ -97,7 +105,7 @@ def _write(out: Path, rows: Sequence[Row], lm: LM) -> None:
         f"Model {lm.name} ({lm.fingerprint[:16]}…), presets, made-up facts, one batch; {psutil.cpu_count()} cores, "
         f"{torch.get_num_threads()} threads. factpatch {version('factpatch')}, torch {version('torch')}. {date.today()}.",
         "",
-        f"    python benchmarks/scaling.py {shlex.join(sys.argv[1:])}",
+        *(f"    {command}" for command in dict.fromkeys(row["command"] for row in rows)),
         "",
         "What a method prepares once for a model is not in it. Memory is how far the process grew beyond what it held before.",
         "",
