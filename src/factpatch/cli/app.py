@@ -10,7 +10,26 @@ from typing import Annotated
 
 import typer
 
-from factpatch.cli import ask, bench, catalog, data, demo, edit, guard, harness, patch, report, reproduce, score, train
+from factpatch.cli import (
+    analyse,
+    ask,
+    audit,
+    bench,
+    catalog,
+    data,
+    demo,
+    edit,
+    guard,
+    harness,
+    inspect,
+    locate,
+    patch,
+    report,
+    reproduce,
+    score,
+    trace,
+    train,
+)
 from factpatch.cli.terminal import fail
 from factpatch.errors import FactpatchError
 
@@ -25,9 +44,26 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for module in (edit, score, guard, harness, bench, report, reproduce, ask, train, demo, catalog):
+for module in (
+    edit,
+    score,
+    guard,
+    audit,
+    harness,
+    bench,
+    report,
+    reproduce,
+    ask,
+    train,
+    trace,
+    locate,
+    inspect,
+    demo,
+    catalog,
+):
     module.register(app)
 app.add_typer(patch.app, name="patch")
+app.add_typer(analyse.app, name="analyse")
 app.add_typer(data.app, name="data")
 app.add_typer(catalog.models, name="models")
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from factpatch.errors import MissingExtra
 
-__all__ = ["bars", "curves", "grouped_bars", "scatter", "standalone"]
+__all__ = ["bars", "colour", "curves", "figure", "grouped_bars", "scatter", "standalone"]
 
 INK = "#123456"
 """Stands for the colour of the page's text, which is not known here."""
@@ -31,8 +31,8 @@ def colour(index: int) -> str:
 
 
 @contextmanager
-def _figure(height: float, title: str) -> Iterator[tuple[Any, list[str]]]:
-    """Axes to draw on; the list holds the SVG text afterwards."""
+def figure(height: float, title: str, width: float = WIDTH) -> Iterator[tuple[Any, list[str]]]:
+    """Axes to draw on, of so many inches; the list holds the SVG text afterwards."""
     try:
         figures = import_module("matplotlib.figure")
         matplotlib: Any = import_module("matplotlib")
@@ -49,14 +49,14 @@ def _figure(height: float, title: str) -> Iterator[tuple[Any, list[str]]]:
     }
     drawn: list[str] = []
     with matplotlib.rc_context(style):
-        figure = figures.Figure(figsize=(WIDTH, height), layout="constrained")
-        axes = figure.add_subplot()
+        canvas = figures.Figure(figsize=(width, height), layout="constrained")
+        axes = canvas.add_subplot()
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(visible=True, alpha=0.18, color=INK, linewidth=0.6)
         axes.set_axisbelow(True)
         yield axes, drawn
         text = io.StringIO()
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Title": title})
+        canvas.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Title": title})
     drawn.append(_bare(text.getvalue(), title))
 
 
@@ -78,7 +78,7 @@ def standalone(svg: str) -> str:
 
 def scatter(points: Mapping[str, tuple[float, float]], x: str, y: str, title: str) -> str:
     """A mark for each point, with the names of all that lie in one place; both axes go from 0 to 1."""
-    with _figure(4.0, title) as (axes, drawn):
+    with figure(4.0, title) as (axes, drawn):
         for i, (across, up) in enumerate(points.values()):
             axes.scatter(across, up, color=colour(i), marker=MARKS[(i // 10 + i) % len(MARKS)], s=46, zorder=3)
         # A mark takes room too, but for the one that is being named.
@@ -149,7 +149,7 @@ def _by_place(points: Mapping[str, tuple[float, float]]) -> dict[tuple[float, fl
 
 def bars(values: Mapping[str, float], x: str, title: str, *, log: bool = False) -> str:
     """A bar with its number for each name, the first on top."""
-    with _figure(0.8 + 0.27 * len(values), title) as (axes, drawn):
+    with figure(0.8 + 0.27 * len(values), title) as (axes, drawn):
         names, widths = list(values), list(values.values())
         axes.barh(names, widths, color=colour(0), height=0.66)
         for i, width in enumerate(widths):
@@ -167,7 +167,7 @@ def grouped_bars(values: Mapping[str, Mapping[str, float]], x: str, title: str) 
     """For each name, a bar for each kind; kinds are told apart by colour."""
     kinds = list(dict.fromkeys(kind for own in values.values() for kind in own))
     thick = 0.8 / max(1, len(kinds))
-    with _figure(1.2 + 0.17 * len(values) * (len(kinds) + 1), title) as (axes, drawn):
+    with figure(1.2 + 0.17 * len(values) * (len(kinds) + 1), title) as (axes, drawn):
         for k, kind in enumerate(kinds):
             places = [i + (k - (len(kinds) - 1) / 2) * thick for i in range(len(values))]
             widths = [own.get(kind, 0.0) for own in values.values()]
@@ -182,7 +182,7 @@ def grouped_bars(values: Mapping[str, Mapping[str, float]], x: str, title: str) 
 
 def curves(lines: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str, title: str) -> str:
     """A line for each name, over a logarithmic axis from its first point to its last."""
-    with _figure(3.6, title) as (axes, drawn):
+    with figure(3.6, title) as (axes, drawn):
         for i, (name, points) in enumerate(lines.items()):
             mark = MARKS[(i // 10 + i) % len(MARKS)]
             axes.plot(*zip(*points, strict=True), color=colour(i), marker=mark, markersize=5, linewidth=1.6, label=name)
