@@ -412,3 +412,53 @@ def test_rows_that_have_ended_stay_where_fewer_would_run_slower():
     written = generate(lm, prompts, max_new=40, choose=choose, end=frozenset({0}))
     assert [len(ids) for ids in written] == list(range(1, 21)), "a row that has ended writes no more"
     assert sizes == [20, 20, 19, 18, 17] + [16] * 14 + [2, 1]
+
+
+def ending(lm, prompts, seed=0, most=40):
+    """What is written after each prompt alone, cut at lengths of all kinds, and a `stop` that cuts it there."""
+    full = [generate(lm, [prompt], max_new=most)[0] for prompt in prompts]
+    source = random.Random(seed)
+    cut = {tuple(row[: source.choice([1, 2, 3, 5, 17, 33, most])]) for row in full}
+    stop = lambda written: tuple(written) in cut  # noqa: E731
+    return [next((row[:n] for n in range(1, most) if stop(row[:n])), row) for row in full], stop
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "gemma3_text", "bloom"])
+def test_answers_that_outlast_their_batch_go_on_among_others(monkeypatch, architecture):
+    lm, source = tiny_lm(architecture), random.Random(1)
+    prompts = [(256, *(source.randrange(256) for _ in range(n))) for n in (3, 4, 5, 5, 6, 7, 7, 8) * 3]
+    expected, stop = ending(lm, prompts)
+    monkeypatch.setattr(run, "BATCH_TOKENS", 8 * 24)
+    monkeypatch.setattr(run, "_ENOUGH", 4)
+    sizes = []
+    with reading(lm.anatomy.head, lambda hidden, _: sizes.append(len(hidden))):
+        assert generate(lm, prompts, max_new=40, stop=stop) == expected
+    assert sizes[0] >= 7, "batches have room for a short answer alone"
+    assert generate(lm, prompts[::-1], max_new=40, stop=stop) == expected[::-1]
+
+
+def test_a_few_that_go_on_are_put_together_rather_than_run_to_their_ends():
+    lm, source = tiny_lm(), random.Random(2)
+    prompts = [(256, *(source.randrange(256) for _ in range(20))) for _ in range(300)]
+    slow = {prompts[7], prompts[150], prompts[290]}
+    count, batches = Counter(), []
+
+    def choose(logits, rows):
+        batches.append(len(rows))
+        count.update(prompt for _, prompt in rows)
+        return torch.tensor([9 if prompt in slow or count[prompt] < 2 else 0 for _, prompt in rows])
+
+    written = generate(lm, prompts, max_new=60, choose=choose, end=frozenset({0}))
+    assert Counter(map(len, written)) == {1: 297, 60: 3}
+    first = [size for size in batches if size > 50]
+    assert len(first) == 6, "three batches of about a hundred, two steps each"
+    assert batches[len(first) :] == [3] * 58, "then the three that go on, together"
+
+
+def test_near_the_end_of_what_can_be_read_other_texts_do_not_matter():
+    lm = tiny_lm("gpt2")
+    prompts = [lm.tokens.encode("x" * n).ids for n in (250, 240, 100, 3)]
+    alone = [generate(lm, [prompt], max_new=20)[0] for prompt in prompts]
+    assert [len(row) for row in alone] == [6, 16, 20, 20]
+    assert generate(lm, prompts, max_new=20) == alone
+    assert generate(lm, prompts, max_new=20, stop=lambda written: len(written) == 18) == [row[:18] for row in alone]

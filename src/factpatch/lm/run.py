@@ -536,54 +536,80 @@ def generate(
 
     lanes  the lane of each prompt, as in `LM.side_by_side`; none by default
 
-    A row ends before a token in `end`, or after the token at which `stop(written so far)` is true; rows that have ended
-    leave the batch, but for a few where the others would run slower alone.
+    A row ends before a token in `end`, or after the token at which `stop(written so far)` is true. Rows that have ended
+    leave the batch, but for a few where the others would run slower alone. Where rows may end early, most do: batches hold as
+    many as have room for a short answer, and the rows of all batches that are not done by then are read again and go on together.
     """
     own: Sequence[int | None] = lanes or [None] * len(prompts)
     rows: list[Row] = [(lane, tuple(prompt)) for lane, prompt in zip(own, prompts, strict=True)]
-    wanted = list(dict.fromkeys(rows))
-    done: dict[Row, list[int]] = {}
+    room = getattr(lm.model.config, "max_position_embeddings", None)
+    texts = {row: _Text(row, max_new if room is None else min(max_new, room - len(row[1]) + 1)) for row in rows}
+    going = [text for text in texts.values() if text.left > 0]
+    is_one_batch = len([*length_batches([len(text.ids) + text.left for text in going])]) < 2
+    columns = max_new if is_one_batch or not (end or stop is not _goes_on) else _SHORT
     with evaluating(lm.model):
-        asked = [prompt for _, prompt in wanted]
-        for indices, known in _batches(lm, asked, [len(prompt) for prompt in asked], max_new):
-            chosen = [wanted[i] for i in indices]
-            room = getattr(lm.model.config, "max_position_embeddings", None)
-            most = max_new if room is None else min(max_new, room - max(len(prompt) for _, prompt in chosen) + 1)
-            done.update(zip(chosen, _write(lm, chosen, known, most, choose, stop, end), strict=True))
-    return [list(done[row]) for row in rows]
+        while going:
+            more = min(columns, max(text.left for text in going))
+            for indices, known in _batches(lm, [text.ids for text in going], [len(text.ids) for text in going], more):
+                chosen = [going[i] for i in indices]
+                # No row may run past what the model can read, an ended one that is kept neither.
+                most = more if room is None else min(more, room - max(len(text.ids) for text in chosen) + 1)
+                _write(lm, chosen, known, most, choose, stop, end, alone=len(chosen) == len(going))
+            going, columns = [text for text in going if text.left > 0], max_new
+    return [list(texts[row].written) for row in rows]
+
+
+_SHORT = 16
+"""Room for so many tokens is made for answers at first: most are over by then."""
+
+
+@dataclass(slots=True)
+class _Text:
+    """What is written after a prompt, and how many tokens more it may become; none when it has ended."""
+
+    row: Row
+    left: int
+    written: list[int] = field(default_factory=list)
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        return (*self.row[1], *self.written)
+
+    def add(self, token: int, stop: Callable[[list[int]], bool], end: frozenset[int]) -> None:
+        if token not in end:
+            self.written.append(token)
+        self.left = 0 if token in end or stop(self.written) else self.left - 1
 
 
 def _write(
     lm: Runnable,
-    rows: Sequence[Row],
+    texts: Sequence[_Text],
     known: _Known | None,
-    max_new: int,
+    more: int,
     choose: Chooser,
     stop: Callable[[list[int]], bool],
     end: frozenset[int],
-) -> list[list[int]]:
-    written: list[list[int]] = [[] for _ in rows]
-    live, ended = list(range(len(rows))), set[int]()
-    batch = Batch.of([prompt for _, prompt in rows], lm.device, left=True, lanes=[lane for lane, _ in rows])
-    more = max(0, max_new)
+    *,
+    alone: bool,
+) -> None:
+    """Write up to so many tokens more after each; unless they are all there is, the last few may be left for later."""
+    live = list(texts)
+    prompts, lanes = [len(text.row[1]) for text in texts], [text.row[0] for text in texts]
+    batch = Batch.of([text.ids for text in texts], lm.device, left=True, prompts=prompts, lanes=lanes)
     since, cache = known.past(batch, more) if known else (0, roomy(lm.model, batch.ids.shape[1] + more))
     ids, mask = batch.ids[:, since:], batch.mask
     now = Pass(mask, batch.ends, lanes=batch.lanes)
     with replacing_input(lm.anatomy.head, lambda hidden: hidden[:, -1:]):
-        for _ in range(max_new):
+        for step in range(more):
             with passing(now):
                 out = _forward_on(lm, ids, mask, cache)
             cache = out.past_key_values
-            tokens = choose(out.logits[:, -1], [rows[i] for i in live])
-            for index, token in zip(live, tokens.tolist(), strict=True):
-                if index in ended:
-                    continue
-                if token not in end:
-                    written[index].append(token)
-                if token in end or stop(written[index]):
-                    ended.add(index)
-            stay = _that_stay(live, ended)
-            if not stay:
+            tokens = choose(out.logits[:, -1], [text.row for text in live])
+            for text, token in zip(live, tokens.tolist(), strict=True):
+                if text.left > 0:
+                    text.add(token, stop, end)
+            stay = _that_stay(live)
+            if not stay or not (alone or _worth_while(live, more - step - 1)):
                 break
             ids, mask = tokens[:, None], torch.cat([mask, mask.new_ones(len(live), 1)], dim=1)
             if len(stay) < len(live):
@@ -594,15 +620,20 @@ def _write(
                 now.notes = {key: note[kept] for key, note in now.notes.items()}
                 now.lanes = None if now.lanes is None else now.lanes[kept]
             now.mask, now.ends = mask, None
-    return written
 
 
 _FEW, _ENOUGH = 2, 16
 """Products with more rows than the first and fewer than the second take longer than with the second: twice as long with 8."""
 
 
-def _that_stay(live: Sequence[int], ended: Collection[int]) -> list[int]:
+def _that_stay(live: Sequence[_Text]) -> list[int]:
     """Which rows of a batch go on: those that have not ended, and some that have where fewer would take longer."""
-    going = [row for row, index in enumerate(live) if index not in ended]
+    going = [row for row, text in enumerate(live) if text.left > 0]
     spare = _ENOUGH - len(going) if _FEW < len(going) < _ENOUGH else 0
-    return sorted([*going, *[row for row, index in enumerate(live) if index in ended][:spare]])
+    return sorted([*going, *[row for row, text in enumerate(live) if text.left <= 0][:spare]])
+
+
+def _worth_while(live: Sequence[_Text], steps: int) -> bool:
+    """Whether a batch goes on: it has rows enough, or to read the rest again among others would take as long."""
+    going = [len(text.ids) for text in live if text.left > 0]
+    return len(going) >= _ENOUGH or 2 * sum(going) >= ONE_PASS * steps
