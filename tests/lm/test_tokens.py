@@ -138,6 +138,7 @@ def test_target_and_subject_are_found(tokens, prompt, subject, target):
     assert upto.startswith(before_end)
     assert not squeeze(tokens.decode(found.ids[: found.subject])).startswith(before_end)
     assert found.ids[-1] not in {1, 4} or found.ids[-1] == found.target_ids[-1] != 4
+    assert squeeze(tokens.decode(found.ids[found.begin : found.subject + 1])).startswith(squeeze(subject))
 
 
 def test_the_prompt_alone_is_the_beginning_of_the_whole(tokens):
@@ -685,6 +686,8 @@ def test_a_subject_is_found_as_a_whole_word_where_it_is_one(prompt, subject, end
     tokens = Tokens(tiny_tokenizer())
     found = tokens.encode(prompt, subject=subject)
     assert tokens.decode(found.ids[: found.subject + 1]) == end
+    assert tokens.decode(found.ids[found.begin : found.subject + 1]) == subject
+    assert tokens.encode(prompt).begin is None
 
 
 def test_a_text_longer_than_the_model_reads_is_refused():

@@ -5,8 +5,8 @@ Rules, all by character offsets and never by decoding pieces:
 * A target follows its prompt after exactly one space, or after none where the prompt already ends in white space
   (as a chat template does). The same text is trained on and scored.
 * A token belongs to the target if it ends beyond the prompt, so a token that straddles the border is predicted too.
-* A subject's last token is the last one that overlaps the subject's last occurrence in the prompt: the last as a whole
-  word if there is one.
+* A subject's tokens are those that overlap the subject's last occurrence in the prompt: the last as a whole word if there
+  is one.
 * Special tokens in front are those the tokenizer adds by itself; in a chat, the template brings them. None follow.
 
 Padding is done with our own masks, so the tokenizer's padding side and token are neither read nor changed.
@@ -36,12 +36,14 @@ class Encoded:
     target   index of the first target token; `len(ids)` if there is no target
     subject  index of the subject's last token; None if no subject was asked for
     lane     which of several stacks of patches reads it, as in `LM.side_by_side`; None for what lies on the model
+    begin    index of the subject's first token; None if no subject was asked for
     """
 
     ids: tuple[int, ...]
     target: int
     subject: int | None = None
     lane: int | None = None
+    begin: int | None = None
 
     @property
     def prompt_ids(self) -> tuple[int, ...]:
@@ -124,7 +126,7 @@ class Tokens:
         overlapping = [i for i, (a, b) in enumerate(spans[:first]) if a < start + len(subject) and b > start and a < b]
         if not overlapping:
             raise TokenizerError(f'the subject "{subject}" leaves no token of its own in "{prompt}".')
-        return Encoded(ids, first, overlapping[-1])
+        return Encoded(ids, first, overlapping[-1], begin=overlapping[0])
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of these tokens, special ones left out."""
