@@ -1,9 +1,115 @@
-"""`factpatch inspect`."""
+"""`factpatch inspect`: two checkpoints compared."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
 import typer
+
+from factpatch.cli.terminal import JsonOption, line, print_json, progress
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from factpatch.analysis.checkpoints import Comparison
+
+EXAMPLES = """
+[bold]Examples[/bold]
+
+  factpatch inspect smollm2-135m patched-model
+  factpatch inspect base/model.safetensors tuned/model.safetensors --out pictures
+  factpatch inspect base tuned-bf16 --rank-tol 1e-3 --json
+"""
+MOST = 8
+"""Names of one kind that are listed on the screen."""
 
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
+    app.command(name="inspect", epilog=EXAMPLES)(inspect)
+
+
+def inspect(
+    a: Annotated[str, typer.Argument(metavar="A", help="Folder, .safetensors file, short name, .gguf file or hub id.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="The other one.")],
+    rank_tol: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="A singular value counts if it is more than this share of the greatest; "
+            "default: if it is more than rounding to the tensors' type could make.",
+        ),
+    ] = None,
+    exact: Annotated[
+        bool,
+        typer.Option(
+            "--exact", help="Where types differ, compare values as they are, not rounded to the coarser type."
+        ),
+    ] = False,
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="Folder for pictures (SVG) with their numbers (CSV) beside them.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Which tensors of two checkpoints differ, by how much, and at what rank.
+
+    Safetensors are read tensor by tensor, and no model is loaded. Tensors of different types are compared after rounding
+    both to the coarser type, so that a checkpoint equals its own copy in bfloat16.
+    """
+    from factpatch.analysis.checkpoints import inspect as compare
+    from factpatch.cli.analyse_weights import show_matrices
+    from factpatch.files import make_folder
+    from factpatch.report.weights import save_weight_pictures
+
+    if folder is not None:
+        make_folder(folder)
+    with progress() as report:
+        found = compare(a, b, rank_tolerance=rank_tol, exact=exact, progress=report)
+    pictures = save_weight_pictures(folder, {"B − A": found}) if folder else []
+    if as_json:
+        print_json(found.model_dump(mode="json") | ({"pictures": [str(path) for path in pictures]} if folder else {}))
+        return
+    differ = "1 differs" if len(found.matrices) == 1 else f"{len(found.matrices)} differ"
+    line(
+        (f"{found.equal + len(found.rounded)} of {found.compared} tensors in both are equal", "bold"),
+        f", {differ}" + (f": {found.words}" if found.matrices else ""),
+    )
+    _tell(found)
+    if found.matrices:
+        line("")
+        show_matrices(found.matrices)
+        worst = max(found.matrices, key=lambda m: m.largest)
+        line((f"greatest difference of one entry: {worst.largest:.3g}, in {worst.parameter}", "dim"))
+        odd = sum(m.not_finite for m in found.matrices)
+        if odd:
+            line(
+                (f"{odd} entries that differ are NaN or infinite in one of the two; they are left out above", "yellow")
+            )
+    if folder:
+        line("")
+        line("Wrote pictures and tables to ", (str(folder), "bold"))
+
+
+def _tell(found: Comparison) -> None:
+    """Everything but the differing values."""
+    if found.prefix:
+        line(f'names were matched by putting "{found.prefix}" before those of one side')
+    _list(f"only in {found.a}", found.only_a)
+    _list(f"only in {found.b}", found.only_b)
+    _list("a copy of another tensor, left out on the other side", [f"{n} (of {t})" for n, t in found.tied.items()])
+    _list("of another shape", [f"{m.name} ({m.a}, then {m.b})" for m in found.shapes])
+    kinds: dict[tuple[str, str], int] = {}
+    for m in found.dtypes:
+        kinds[m.a, m.b] = kinds.get((m.a, m.b), 0) + 1
+    for (one, other), count in kinds.items():
+        line(f"of another type: {count} tensors, {one}, then {other}")
+    if found.rounded:
+        line(f"equal only once rounded to the coarser type: {len(found.rounded)} tensors (see --exact)")
+
+
+def _list(title: str, names: Sequence[str]) -> None:
+    if names:
+        more = f" and {len(names) - MOST} more" if len(names) > MOST else ""
+        line(f"{title}: {', '.join(names[:MOST])}{more}")
