@@ -1,0 +1,168 @@
+"""Attacks that read intermediate states through the output head: what the model is about to say, block by block.
+
+Patil et al., ICLR 2024 (arXiv 2309.17410) call them head projection and probability delta; the first is the logit lens. All
+read at the last token of the prompt, and here of its rephrases too, through the final norm and the head, and find tokens: the
+first of an answer. Tokens without a letter or digit are passed over, as are other spellings of one found before.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from factpatch.analysis.attacks.base import Attack, Candidate, Question, Setting, best
+from factpatch.errors import AnatomyError
+from factpatch.lm import LM
+from factpatch.lm.hooks import reading
+from factpatch.lm.run import Batch, Places, by_rows, length_batches, logits_at
+from factpatch.lm.tokens import Encoded
+from factpatch.progress import Progress
+
+__all__ = ["HeadProjection", "ProbabilityDelta", "UpdateProjection", "read_through_head", "states"]
+
+_WORDINGS = 3
+"""Read at the end of the prompt, and of its rephrases up to so many wordings."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Sighting:
+    """A token among the foremost at one place: 1 is the first; `size` tells those of one rank apart."""
+
+    token: int
+    rank: int
+    size: float
+    block: int
+    place: str
+
+
+@torch.no_grad()
+def states(lm: LM, modules: Sequence[nn.Module], texts: Sequence[Encoded]) -> Float[Tensor, "modules texts hidden"]:
+    """What each module puts out at the last token of each text, on the model's device and in its type."""
+    found: list[dict[int, Tensor]] = [{} for _ in modules]
+    for indices in length_batches([len(text.ids) for text in texts]):
+        chosen = [texts[i] for i in indices]
+        batch = Batch.of_texts(chosen, lm.device)
+        rows = torch.arange(len(chosen), device=lm.device)
+        with ExitStack() as stack:
+            for own, module in zip(found, modules, strict=True):
+                stack.enter_context(reading(module, _keeping(own, indices, rows, batch.ends)))
+            logits_at(lm, batch, Places.of([[]], lm.device))
+    return torch.stack([torch.stack([own[i] for i in range(len(texts))]) for own in found])
+
+
+def _keeping(
+    kept: dict[int, Tensor], indices: Sequence[int], rows: Tensor, ends: Tensor
+) -> Callable[[Tensor, Tensor], None]:
+    # Picking rows copies them, before a block goes on to add to what it was given.
+    return lambda _, out: kept.update(zip(indices, by_rows(out)[rows, ends].unbind(), strict=True))
+
+
+@torch.no_grad()
+def read_through_head(lm: LM, hidden: Float[Tensor, "texts hidden"]) -> Float[Tensor, "texts vocab"]:
+    """Log-probabilities of the next token, in nats, if the model ended here: final norm, then head."""
+    normed = lm.anatomy.final_norm(hidden)
+    logits: Tensor = nn.functional.linear(normed, lm.anatomy.head.weight, lm.anatomy.head.bias)
+    return logits.float().log_softmax(-1)
+
+
+class _Reading(Attack):
+    """Reads predictions at several places and ranks the union of the foremost tokens of each."""
+
+    access = "activations"
+
+    def candidates(
+        self, lm: LM, questions: Sequence[Question], setting: Setting, progress: Progress
+    ) -> list[list[Candidate]]:
+        """The first of every place before the second of any; of equals those with the greatest probability, or change of it."""
+        asked = [(q, text) for q, question in enumerate(questions) for text in question.wordings[:_WORDINGS]]
+        texts = lm.encode([text for _, text in asked], chat=setting.chat)
+        seen: list[list[_Sighting]] = [[] for _ in questions]
+        # Some of the foremost are white space and marks, and the same words stand foremost at several places.
+        most = 2 * setting.budget
+        for block, place, scores in self.scores(lm, texts):
+            progress(f"Attack: {self.title}", block, lm.anatomy.n_layers)
+            top = scores.topk(min(most, scores.shape[-1]), dim=-1)
+            for (q, text), tokens, sizes in zip(asked, top.indices.tolist(), top.values.tolist(), strict=True):
+                pairs = enumerate(zip(tokens, sizes, strict=True), 1)
+                where = f"{place}: {text}"
+                seen[q] += [_Sighting(token, rank, size, block, where) for rank, (token, size) in pairs]
+        progress(f"Attack: {self.title}", lm.anatomy.n_layers, lm.anatomy.n_layers)
+        return [best(_union(lm, own), setting.budget) for own in seen]
+
+    @abstractmethod
+    def scores(self, lm: LM, texts: Sequence[Encoded]) -> Iterator[tuple[int, str, Float[Tensor, "texts vocab"]]]:
+        """Block, place in words, and what tokens are ranked by there, for each place in turn."""
+
+
+class HeadProjection(_Reading):
+    """The logit lens at every block: the union of the likeliest tokens of each (Patil et al., head projection)."""
+
+    name = "head-projection"
+    title = "head projection"
+    about = "The logit lens: the residual stream after every block, read through final norm and head."
+
+    def scores(self, lm: LM, texts: Sequence[Encoded]) -> Iterator[tuple[int, str, Float[Tensor, "texts vocab"]]]:
+        """Log-probabilities after each block."""
+        for block, hidden in enumerate(states(lm, lm.anatomy.blocks, texts)):
+            yield block, f"block {block}", read_through_head(lm, hidden)
+
+
+class UpdateProjection(_Reading):
+    """The same, of what the attention and the MLP of each block add to the residual stream."""
+
+    name = "update-projection"
+    title = "update projection"
+    about = "What attention and MLP of every block add to the residual stream, read through final norm and head."
+
+    def scores(self, lm: LM, texts: Sequence[Encoded]) -> Iterator[tuple[int, str, Float[Tensor, "texts vocab"]]]:
+        """Log-probabilities read off each addition; a mixture of experts has none of its own."""
+        sites = list(_updates(lm))
+        found = states(lm, [module for _, _, module in sites], texts)
+        for (block, what, _), hidden in zip(sites, found, strict=True):
+            yield block, f"{what} of block {block}", read_through_head(lm, hidden)
+
+
+class ProbabilityDelta(_Reading):
+    """Tokens whose probability rises or falls most from one block to the next (Patil et al., probability delta)."""
+
+    name = "probability-delta"
+    title = "probability delta"
+    about = "Tokens whose probability under the logit lens rises or falls most between consecutive blocks."
+
+    def scores(self, lm: LM, texts: Sequence[Encoded]) -> Iterator[tuple[int, str, Float[Tensor, "texts vocab"]]]:
+        """How much the probability rises; then how much it falls."""
+        before: Tensor | None = None
+        for block, hidden in enumerate(states(lm, lm.anatomy.blocks, texts)):
+            now = read_through_head(lm, hidden).exp()
+            if before is not None:
+                yield block, f"rise in block {block}", now - before
+                yield block, f"fall in block {block}", before - now
+            before = now
+
+
+def _updates(lm: LM) -> Iterator[tuple[int, str, nn.Module]]:
+    for block in range(lm.anatomy.n_layers):
+        for what, find in (("attention", lm.anatomy.attention_out), ("MLP", lm.anatomy.mlp_out)):
+            try:
+                yield block, what, find(block).module
+            except AnatomyError:  # a mixture of experts has no single projection
+                continue
+
+
+def _union(lm: LM, seen: Iterable[_Sighting]) -> Iterator[Candidate]:
+    """Tokens by their best rank anywhere, then by size, with the blocks at which they have that rank."""
+    places: dict[int, list[_Sighting]] = {}
+    for one in sorted(seen, key=lambda s: (s.rank, -s.size, s.block)):
+        own = places.setdefault(one.token, [])
+        if not own or one.rank == own[0].rank:
+            own.append(one)
+    for token, own in places.items():
+        blocks = tuple(sorted({one.block for one in own}))
+        source = f"rank {own[0].rank}, {own[0].place}"
+        yield Candidate(text=lm.tokens.decode([token]).strip(), token=token, source=source, blocks=blocks)

@@ -1,0 +1,86 @@
+"""`factpatch audit` over a tiny model on disk."""
+
+import json
+
+import pytest
+
+from factpatch.analysis import audit as analysis
+from factpatch.analysis.attacks.relearning import Study
+from factpatch.cli.app import app
+from factpatch.methods import create
+from factpatch.scoring.metrics import contains
+from tests.analysis.test_audit import edits, taught
+from tests.cli.conftest import run
+
+FEW = ["--attacks", "greedy,head-projection,probability-delta", "--budget", "5"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """The tiny model with the planted secrets, and the one trained anew without them."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, lm in (("told", taught()), ("anew", taught(secrets=False))):
+        lm.model.save_pretrained(folder / name)
+        lm.tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def patch(models):
+    lm = taught()
+    made = create("ft-m", {"layer": 3, "steps": 80, "lr": 1e-2}).fit(lm, edits())
+    return made.save(models / "patch")
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(analysis, "Study", lambda: Study(steps=2))
+
+
+def test_a_shallow_erasure_is_found_and_exits_with_1(models, patch, tmp_path):
+    code, out, _ = run("audit", "-m", models / "told", "--patch", patch, *FEW, "--out", tmp_path / "audit")
+    assert code == 1
+    assert out.startswith("Recoverable")
+    assert "head projection" in out
+    assert "Not tried" in out
+    for name in ("page.html", "audit.md", "audit.json", "recall.csv", "recall.svg"):
+        assert (tmp_path / "audit" / name).is_file()
+
+
+def test_json_holds_every_candidate(models, patch):
+    code, out, _ = run("audit", "-m", models / "told", "--patch", patch, *FEW, "--json", "--control", models / "anew")
+    read = json.loads(out)
+    assert code == 1
+    assert read["recovered"] is True
+    assert {trial["state"] for trial in read["trials"]} == {"before", "after", "control"}
+    secrets = {fact["id"]: fact["secret"] for fact in read["facts"]}
+    for trial in read["trials"]:
+        said = [candidate["text"] for candidate in trial["candidates"]]
+        assert (trial["rank"] is not None) == any(contains(each, secrets[trial["fact"]]) for each in said)
+
+
+def test_a_model_that_was_never_told_exits_with_0(models, tmp_path):
+    path = tmp_path / "facts.jsonl"
+    path.write_text("\n".join(json.dumps(edit.to_json()) for edit in edits()))
+    code, out, _ = run("audit", "-m", models / "anew", "--before", models / "told", "--data", path, *FEW)
+    assert code == 0
+    assert out.startswith("Not recovered beyond chance")
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ([], "give --patch"),
+        (["--patch", "nowhere"], "nowhere"),
+        (["--patch", "nowhere", "--attacks", "telepathy"], "All attacks"),
+        (["--patch", "nowhere", "--limit", "1"], "belong to --data"),
+    ],
+)
+def test_bad_input_exits_with_2(args, words):
+    code, _, error = run("audit", *args)
+    assert code == 2
+    assert words in error
+
+
+def test_help_has_examples():
+    assert any(command.name == "audit" and "--control" in (command.epilog or "") for command in app.registered_commands)
