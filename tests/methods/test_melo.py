@@ -22,6 +22,16 @@ def fit(lm, edits, **more):
     return create("melo", QUICK | more).fit(lm, edits)
 
 
+@pytest.mark.parametrize(
+    ("places", "said"), [({"layer": 2}, "above block 2, the last"), ({"layers": (0, 1)}, "block 0")]
+)
+def test_slices_stand_above_what_turns_them_on(places, said):
+    lm = tiny_lm()
+    assert lm.anatomy.n_layers == 3
+    with pytest.raises(BadConfig, match=said):
+        create("melo", {"layer": 0, "steps": 1} | places).fit(lm, [ROME])
+
+
 def distance(lm, one, other):
     """Between the keys of two prompts."""
     module = lm.anatomy.mlp_out(0).module

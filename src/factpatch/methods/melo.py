@@ -68,6 +68,8 @@ class Melo(Method[MeloConfig]):
         n = lm.anatomy.n_layers
         layer = n // 2 - 1 if config.layer is None else config.layer
         layers = config.layers or tuple(range(layer + 1, min(layer + 5, n)))
+        if not layers:
+            raise BadConfig(f"melo: there is no block for slices above block {layer}, the last.\n  Give a lower layer.")
         if min(layers) <= layer:
             raise BadConfig(
                 f"melo: slices at block {min(layers)}, whose keys are read at block {layer}.\n"
