@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
+
+from torch import Tensor
 
 from factpatch.bench.outcome import AT_EDIT, Moment, Outcome, after
 from factpatch.bench.singles import ABREAST, Failure, make
 from factpatch.edits import Edit
-from factpatch.lm import BaseLM
+from factpatch.lm import LM, BaseLM
 from factpatch.methods import Method
 from factpatch.patches import Patch
+from factpatch.patches.weight import point
 from factpatch.progress import Progress, silent
 from factpatch.scoring import Scorecard, Scorer
 
-__all__ = ["Kept", "Sequential", "one_after_another", "score_sequence"]
+__all__ = ["Kept", "Laid", "Sequential", "laid_in_turn", "one_after_another", "score_sequence"]
 
 
 class Kept(Protocol):
@@ -48,14 +51,71 @@ class _Nothing:
         pass
 
 
-@dataclass(slots=True)
-class _Link:
-    """One patch of the sequence that lies on the model."""
+@dataclass(frozen=True, slots=True)
+class Laid:
+    """One patch of a sequence, which lies on the model from now on.
+
+    patch    None if the method refused
+    outcome  of making it, without scores; None if it was on record and not made again
+    """
 
     number: int
     edits: Sequence[Edit]
-    patch: Patch
+    patch: Patch | None
     outcome: Outcome | None
+
+
+def laid_in_turn(
+    lm: BaseLM,
+    method: Method[Any],
+    units: Sequence[Sequence[Edit]],
+    progress: Progress = silent,
+    kept: Kept | None = None,
+) -> Generator[Laid]:
+    """Make each patch on the model as the earlier ones left it, and lay it there.
+
+    All are taken off once there is nothing more to make, or when the generator is closed, which may be done at any time.
+    """
+    kept = _Nothing() if kept is None else kept
+    doing = f"Editing in sequence with {method.name}"
+    with ExitStack() as stack:
+        for i, edits in enumerate(units):
+            progress(doing, i, len(units))
+            outcome = None
+            if kept.is_done(AT_EDIT, i):
+                patch = kept.patch(i)
+            else:
+                patch, outcome = make(lm, method, edits)
+                outcome = replace(outcome, number=i, moment=AT_EDIT)
+            if patch is not None:
+                stack.enter_context(lm.patched(patch))
+            yield Laid(i, edits, patch, outcome)
+    progress(doing, len(units), len(units))
+
+
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """The weights of a model as some patches left them: all that these did, if they change weights and nothing else.
+
+    The tensors are those that lie on the model or are kept to be put back there, so that it takes no room.
+    """
+
+    tensors: Mapping[str, Tensor] = field(repr=False)
+
+    def attach(self, lm: LM) -> Callable[[], None]:
+        parameters = dict(lm.model.named_parameters())
+        kept = {name: parameters[name].data for name in self.tensors}
+        point(parameters, self.tensors)
+        return lambda: point(parameters, kept)
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """A patch that is still to be scored as the model was after it: the first `count` patches, or the weights they left."""
+
+    laid: Laid
+    count: int
+    weights: _Weights | None
 
 
 def one_after_another(
@@ -70,50 +130,59 @@ def one_after_another(
     """Make each patch on the model as the earlier ones left it, and keep it there; afterwards the model is as it was.
 
     Each is scored right after it was made, some at a time side by side; and all of them after so many of `checkpoints`, and
-    after the last. What is on record already is not told again.
+    after the last. What is on record already is not told again. While an outcome of all of them is told, the model still is
+    as it was scored, and may be looked at.
     """
     kept = _Nothing() if kept is None else kept
-    doing = f"Editing in sequence with {method.name}"
-    links: list[_Link] = []
-    waiting: list[int] = []  # which of the links are still to be scored
-    with ExitStack() as stack:
-        for i, edits in enumerate(units):
-            progress(doing, i, len(units))
-            outcome = None
-            if kept.is_done(AT_EDIT, i):
-                patch = kept.patch(i)
-            else:
-                patch, outcome = make(lm, method, edits)
-                outcome = replace(outcome, number=i, moment=AT_EDIT)
-            if patch is None:
-                if outcome is not None:
-                    yield outcome
-            else:
-                stack.enter_context(lm.patched(patch))
-                waiting += [len(links)] if outcome is not None else []
-                links.append(_Link(i, edits, patch, outcome))
-            is_last = i + 1 == len(units)
-            if links and (i + 1 in checkpoints or is_last) and not kept.is_done(after(i + 1), i):
-                every = [edit for link in links for edit in link.edits]
-                yield Outcome(i, after(i + 1), tuple(edit.id for edit in every), scorer.score(every))
+    patches: list[Patch] = []
+    every: list[Edit] = []
+    waiting: list[_Waiting] = []
+    with closing(laid_in_turn(lm, method, units, progress, kept)) as turns:
+        for laid in turns:
+            if laid.patch is not None:
+                patches.append(laid.patch)
+                every += laid.edits
+                if laid.outcome is not None:
+                    waiting.append(_Waiting(laid, len(patches), _weights(lm, patches)))
+            elif laid.outcome is not None:
+                yield laid.outcome
+            count = laid.number + 1
+            is_last = count == len(units)
+            if patches and (count in checkpoints or is_last) and not kept.is_done(after(count), laid.number):
+                yield Outcome(laid.number, after(count), tuple(edit.id for edit in every), scorer.score(every))
             if waiting and (len(waiting) >= ABREAST or is_last):
-                yield from _at_edit(lm, links, waiting, scorer, kept)
+                yield from _at_edit(lm, patches, waiting, scorer, kept)
                 waiting.clear()
-    progress(doing, len(units), len(units))
+
+
+def _weights(lm: BaseLM, patches: Sequence[Patch]) -> _Weights | None:
+    """Of the model as it stands; None if these patches change more than weights."""
+    if not isinstance(lm, LM) or not all(patch.mergeable for patch in patches):
+        return None
+    return _Weights({name: parameter.data for name, parameter in lm.model.named_parameters()})
 
 
 def _at_edit(
-    lm: BaseLM, links: Sequence[_Link], waiting: Sequence[int], scorer: Scorer, kept: Kept
+    lm: BaseLM, patches: Sequence[Patch], waiting: Sequence[_Waiting], scorer: Scorer, kept: Kept
 ) -> Iterator[Outcome]:
-    """Patches are values: what the model was after each of these is laid on again, side by side."""
-    patches = [link.patch for link in links]
-    with lm.without(*patches):
-        cards = scorer.score_each([links[n].edits for n in waiting], [patches[: n + 1] for n in waiting])
-    for n, card in zip(waiting, cards, strict=True):
-        link = links[n]
-        assert link.outcome is not None
-        kept.keep(link.number, link.patch)
-        yield replace(link.outcome, card=card.model_copy(update={"fit_seconds": link.outcome.fit_seconds}))
+    """What the model was after each of these is laid on again, side by side; patches are values.
+
+    A stack of changed weights is laid on as what it came to: a lane for each of its patches would hold a copy of all that
+    they touch for every edit made so far.
+    """
+    groups = [one.laid.edits for one in waiting]
+    weights = [one.weights for one in waiting if one.weights is not None]
+    if len(weights) == len(waiting):
+        cards = scorer.score_each(groups, [[one] for one in weights])
+    else:
+        with lm.without(*patches):
+            cards = scorer.score_each(groups, [patches[: one.count] for one in waiting])
+    for one, card in zip(waiting, cards, strict=True):
+        outcome, patch = one.laid.outcome, one.laid.patch
+        assert outcome is not None
+        assert patch is not None
+        kept.keep(one.laid.number, patch)
+        yield replace(outcome, card=card.model_copy(update={"fit_seconds": outcome.fit_seconds}))
 
 
 @dataclass(frozen=True, slots=True)
