@@ -1,9 +1,203 @@
-"""`factpatch locate`."""
+"""`factpatch locate`: the block to edit, found by editing at each."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
 import typer
+from rich.table import Table
+from rich.text import Text
+
+from factpatch.cli.terminal import (
+    ChatOption,
+    DeviceOption,
+    DTypeOption,
+    JsonOption,
+    ModelOption,
+    SetOption,
+    err,
+    line,
+    method_settings,
+    number,
+    out,
+    print_json,
+    progress,
+)
+from factpatch.errors import BadConfig
+
+if TYPE_CHECKING:
+    from factpatch.analysis.locate import Located
+
+EXAMPLES = """
+[bold]Examples[/bold]
+
+  factpatch locate --model my-model
+  factpatch locate --model my-model --method memit --limit 12 --out layers
+  factpatch locate --layers 4,6,8,10 --no-trace --no-keep
+  factpatch locate --model my-model --minutes 20 --json > layers.json
+"""
 
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
+    app.command(name="locate", epilog=EXAMPLES)(locate)
+
+
+def locate(
+    model: ModelOption = "smollm2-135m",
+    method: Annotated[str, typer.Option(help="The method that is to edit; see: factpatch methods")] = "rome",
+    data: Annotated[
+        str, typer.Option(help="What facts are drawn from: NAME:PATH, a file of your own, or sample.")
+    ] = "sample",
+    limit: Annotated[int, typer.Option(min=1, help="Facts that are edited at each block.")] = 8,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Blocks to try, such as 0,4,8; of a method of several, the first of each window. "
+            "Default: every second, then those around the best."
+        ),
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="Begin no other block after so long; what was tried is kept.")
+    ] = None,
+    trace: Annotated[bool, typer.Option(help="Ask causal tracing too, for comparison.")] = True,
+    settings: SetOption = None,
+    chat: ChatOption = False,
+    seed: Annotated[int, typer.Option(help="Decides which facts are drawn, and the noise of tracing.")] = 0,
+    dtype: DTypeOption = None,
+    device: DeviceOption = None,
+    output: Annotated[Path | None, typer.Option("--out", help="Folder for the picture and its numbers.")] = None,
+    keep: Annotated[
+        bool, typer.Option(help="Keep the choice for this model: where no preset fits, the method edits there.")
+    ] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Find the block at which a method edits a model best, and show it beside what causal tracing suggests.
+
+    Held-out facts are edited one at a time at every second block, then around the best. It takes minutes to hours; a run
+    that is stopped goes on where it was. Exits with 1 if no block did any good.
+    """
+    from factpatch.analysis.locate import TRACED, locate
+    from factpatch.analysis.locate import keep as keep_choice
+    from factpatch.data import read
+    from factpatch.lm import load
+    from factpatch.methods import create
+
+    wanted = None if layers is None else _numbers(layers)
+    edits = read(data).edits
+    maker = create(method, method_settings(settings, chat=chat))
+    folder = _folder(output)
+    with progress() as report:
+        lm = load(model, dtype=dtype, device=device, progress=report)
+        found = locate(
+            lm,
+            maker,
+            edits=edits,
+            layers=wanted,
+            limit=limit,
+            traced=TRACED if trace else 0,
+            budget=None if minutes is None else 60 * minutes,
+            seed=seed,
+            progress=report,
+        )
+    kept = keep_choice(lm, found) if keep else None
+    preset = next((preset for preset in maker.presets if preset.shape == lm.shape), None)
+    picture = _drawn(found, folder) if folder else None
+    if as_json:
+        places = {"kept": kept and str(kept), "preset": preset and preset.source, "picture": picture and str(picture)}
+        print_json(places | found.model_dump(mode="json"))
+    else:
+        _show(found)
+        if kept:
+            line("kept in ", (str(kept), "bold"))
+        if kept and preset:
+            line(
+                f"but a preset fits this model and goes before it ({preset.source}); to use what was found: --set {_set(found)}"
+            )
+        if picture:
+            line("drawn in ", (str(picture), "bold"), ", with its numbers beside it")
+    for place in found.places:
+        for fact, reason in place.refused.items():
+            err.print(
+                Text(f"not made at {_blocks(place.layers)}, {fact}: ", style="yellow") + Text(reason), soft_wrap=True
+            )
+    if found.chosen is None:
+        raise typer.Exit(1)
+
+
+def _numbers(text: str) -> list[int]:
+    parts = [each.strip() for each in text.split(",")]
+    if not all(each.isdecimal() for each in parts):
+        raise BadConfig(f'--layers "{text}": expected numbers of blocks, such as 0,4,8.')
+    return [int(each) for each in parts]
+
+
+def _folder(output: Path | None) -> Path | None:
+    """The folder for pictures, asked for before the long work; one that is there is used, as a run may be gone on with."""
+    if output is None or output.is_dir():
+        return output
+    from factpatch.files import check_output
+
+    check_output(output)
+    return output
+
+
+def _drawn(found: Located, folder: Path) -> Path:
+    from factpatch.files import make_folder
+    from factpatch.report.layers import layer_rows, layers_picture
+    from factpatch.report.picture import save_picture
+
+    return save_picture(make_folder(folder), "layers", layers_picture(found), layer_rows(found))
+
+
+def _show(found: Located) -> None:
+    """Two tables, for no table mixes the protocols; then the choice beside tracing's."""
+    what = "blocks" if found.field == "layers" else "block"
+    line((found.method, "bold"), f" on {found.model}, {len(found.facts)} facts, each edited alone at each place")
+    for protocol in ("survey", "open"):
+        line((f"{protocol} protocol", "bold"))
+        table = Table(header_style="bold", box=None, pad_edge=False)
+        names = ("edit success", "rephrase", "portability", "locality")
+        for name in (what, *(("score", "support") if protocol == "survey" else ()), *names):
+            table.add_column(name, justify="left" if name == what else "right")
+        for place in found.places:
+            measures = place.survey if protocol == "survey" else place.open
+            own = (number(place.score), number(place.support, 2)) if protocol == "survey" else ()
+            style = "bold green" if place.layers == found.chosen else ""
+            table.add_row(_blocks(place.layers), *own, *map(number, measures.model_dump().values()), style=style)
+        out.print(table)
+    line(("score: harmonic mean of edit success, rephrase and locality; support: how often a place wins when", "dim"))
+    line(("the facts are drawn again from themselves", "dim"))
+    if not found.complete:
+        line(("stopped for time before all blocks were tried; the same command goes on from here", "yellow"))
+    if found.best is None:
+        line(("chosen: none, for no edit held at any of these blocks", "red"))
+    else:
+        best = found.best
+        line("chosen: ", (f"{what} {_blocks(best.layers)}", "bold"), f", score {number(best.score)}")
+    _show_tracing(found)
+
+
+def _show_tracing(found: Located) -> None:
+    if found.traced is None:
+        line((f"no causal tracing: {found.untraced}", "dim"))
+        return
+    traced, near = found.traced, found.at_suggestion
+    score = f"; edits there score {number(near.score)}" if near else "; it was not tried"
+    line("tracing suggests: ", (f"block {traced.suggested}", "bold"), f", from {traced.facts} known facts{score}")
+    if found.agree is not None:
+        line("they agree" if found.agree else ("they do not agree", "yellow"))
+    rank = "not to be told" if found.rank_correlation is None else number(found.rank_correlation, 2)
+    line(f"rank correlation of score and tracing's effect over the places tried: {rank}")
+
+
+def _blocks(layers: tuple[int, ...]) -> str:
+    """`4`, `4 to 8`, or all of them where some between are missing."""
+    if len(layers) > 2 and layers[-1] - layers[0] == len(layers) - 1:
+        return f"{layers[0]} to {layers[-1]}"
+    return ", ".join(map(str, layers))
+
+
+def _set(found: Located) -> str:
+    return f"{found.field}={','.join(map(str, found.chosen or ()))}"
