@@ -9,8 +9,9 @@ from factpatch.data.questions import guard_questions, guard_texts, read_question
 from factpatch.edits import Probe
 from factpatch.errors import BadFile, BadRecord
 from factpatch.lm.base import BaseLM
+from factpatch.lm.run import Prediction
 from factpatch.methods import create
-from factpatch.scoring import run_guard
+from factpatch.scoring import guard, run_guard
 from factpatch.scoring.guard import ANSWER_TOKENS, perplexity
 from factpatch.testing import Snapshot, tiny_edits, tiny_lm
 from tests.reference import plain
@@ -72,6 +73,11 @@ def test_perplexity_equals_the_plain_definition(lm):
         with torch.no_grad():
             logprobs += plain.target_logprobs(lm.model, ids, n).tolist()
     assert perplexity(lm, texts) == pytest.approx(math.exp(-sum(logprobs) / len(logprobs)), rel=1e-4)
+
+
+def test_a_ruined_models_perplexity_is_infinite(lm, monkeypatch):
+    monkeypatch.setattr(guard, "predict", lambda lm, texts: [Prediction((1,), (2,), (-1e4,)) for _ in texts])
+    assert perplexity(lm, ["Rome was a town once."]) == math.inf
 
 
 class _Asked(BaseLM):

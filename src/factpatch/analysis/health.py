@@ -174,7 +174,7 @@ class Monitor:
         progress("Health: asking the unedited model", 0, 1)
         with lm.unpatched():
             self._said = self._answers()
-            self._perplexity = _perplexity(lm, self.texts)
+            self._perplexity = perplexity(lm, self.texts)
             self._weights = _weights(lm)
             self._norm = math.sqrt(sum(_squared(weight) for weight in self._weights.values()))
         progress("Health: asking the unedited model", 1, 1)
@@ -189,7 +189,7 @@ class Monitor:
         """Of the model as it stands."""
         return Vitals(
             norm=self._growth(),
-            perplexity=_perplexity(self.lm, self.texts),
+            perplexity=perplexity(self.lm, self.texts),
             perplexity_before=self._perplexity,
             questions=retained(self.canaries, self._said, self._answers(), chat=self.chat),
         )
@@ -220,13 +220,6 @@ def _weights(lm: BaseLM) -> dict[str, Tensor]:
 
 def _squared(tensor: Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
-
-
-def _perplexity(lm: BaseLM, texts: Sequence[str]) -> float | None:
-    try:
-        return perplexity(lm, texts)
-    except OverflowError:
-        return math.inf
 
 
 def check(lm: BaseLM, limits: Health | None = None, **watched: Any) -> Verdict:

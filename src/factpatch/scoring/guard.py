@@ -76,10 +76,13 @@ def _ask(lm: BaseLM, prompts: Sequence[str], *, chat: bool) -> list[str]:
 def perplexity(lm: BaseLM, texts: Sequence[str]) -> float | None:
     """`exp` of the mean negative log-probability, over all tokens of all texts after the first word of each.
 
-    None for a model that can only be asked.
+    None for a model that can only be asked; infinite where it is greater than a number can be.
     """
     if not isinstance(lm, LM):
         return None
     begun, rest = zip(*(text.split(maxsplit=1) for text in texts), strict=True)
     found = [logprob for one in predict(lm, lm.encode(begun, rest)) for logprob in one.logprobs]
-    return math.exp(-sum(found) / len(found))
+    try:
+        return math.exp(-sum(found) / len(found))
+    except OverflowError:  # of a model that an edit has ruined
+        return math.inf
