@@ -271,7 +271,7 @@ class _Asking:
         """By our scorer, which is made anew so that it knows no answer yet: what was said before and after."""
 
         def work(chosen: Sequence[Edit]) -> list[str]:
-            scorer = Scorer(self.lm, protocols=[protocol], fluency=False)
+            scorer = Scorer(self.lm, protocols=[protocol], fluency=False, keep=False)
             scorer.baseline(chosen)
             said: list[str] = []
             for start in range(0, len(chosen), ABREAST):

@@ -47,6 +47,14 @@ def _own_cache(request, monkeypatch, _cache):
         monkeypatch.setenv("FACTPATCH_CACHE", str(_cache))
 
 
+@pytest.fixture(autouse=True)
+def _asked_anew(monkeypatch):
+    """Each scorer asks the unedited model itself, so that no answer is compared with itself, read back from disk."""
+    from factpatch.scoring import Scorer
+
+    monkeypatch.setattr(Scorer.__init__, "__kwdefaults__", Scorer.__init__.__kwdefaults__ | {"keep": False})
+
+
 @pytest.fixture(scope="session")
 def smollm():
     """The default model."""

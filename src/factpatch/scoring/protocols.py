@@ -76,6 +76,8 @@ class Protocol(ABC):
 
     name: ClassVar[ProtocolName]
     version: ClassVar[int]
+    longest: ClassVar[int]
+    """How many tokens an answer has at most, where the model gives one."""
     needs_weights: ClassVar[bool] = False
 
     @abstractmethod
@@ -144,6 +146,7 @@ class OpenProtocol(Protocol):
 
     name = "open"
     version = 2
+    longest = 64
 
     def ask(self, edit: Edit, labelled: LabelledProbe) -> Ask:  # noqa: ARG002
         """Freely, always."""
@@ -161,11 +164,11 @@ class OpenProtocol(Protocol):
         """Let the model answer."""
         prompts = [ask.probe.prompt for ask in asks]
         if not isinstance(lm, LM):
-            return [Seen(text) for text in lm.answer(prompts, chat=chat)]
+            return [Seen(text) for text in lm.answer(prompts, chat=chat, max_new=self.longest)]
         texts = lm.encode(prompts, chat=chat, lanes=lanes)
         rows = [(text.lane, text.ids) for text in texts]
         noting = Noting([row for row, ask in zip(rows, asks, strict=True) if ask in compared])
-        said = lm.answer(prompts, chat=chat, lanes=lanes, choose=noting)
+        said = lm.answer(prompts, chat=chat, max_new=self.longest, lanes=lanes, choose=noting)
         return [Seen(text, first=noting.first.get(row)) for text, row in zip(said, rows, strict=True)]
 
     def cannot_judge(self, edit: Edit, labelled: LabelledProbe) -> str:
@@ -237,8 +240,8 @@ class SurveyProtocol(Protocol):
 
     name = "survey"
     version = 2
+    longest = 10
     needs_weights = True
-    brief = 10
 
     def ask(self, edit: Edit, labelled: LabelledProbe) -> Ask:
         """By the kind of edit; what follows from an edit is always asked for as a fact."""
@@ -283,7 +286,7 @@ class SurveyProtocol(Protocol):
         compared: Collection[Ask],  # noqa: ARG002
     ) -> list[Seen]:
         prompts = [ask.probe.prompt for ask in asks]
-        return [Seen(text) for text in lm.answer(prompts, chat=chat, max_new=self.brief, lanes=lanes)]
+        return [Seen(text) for text in lm.answer(prompts, chat=chat, max_new=self.longest, lanes=lanes)]
 
     def _shown(
         self,

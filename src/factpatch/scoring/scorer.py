@@ -1,6 +1,7 @@
 """`Scorer`: asks a model all probes of all edits, before and after, and makes a `Scorecard`.
 
-It is blind to how a patch was made. The unpatched model is asked each probe once, however many patches are scored.
+It is blind to how a patch was made. The unpatched model is asked each probe once, however many patches are scored, and
+what it did is kept on disk (`factpatch.scoring.baseline`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from factpatch.errors import BadConfig
 from factpatch.lm import LM, Attachable, BaseLM
 from factpatch.lm.run import Sampler, generate
 from factpatch.progress import Progress, silent
+from factpatch.scoring.baseline import Baseline, Store, can_keep
 from factpatch.scoring.judge import Judge
 from factpatch.scoring.metrics import fluency
 from factpatch.scoring.protocols import PROTOCOLS, Ask, Protocol, ProtocolName, Seen
@@ -38,6 +40,10 @@ class _Questions:
     prompts: list[str]
     compared: Collection[Ask]
 
+    @property
+    def are_none(self) -> bool:
+        return not (any(self.asks.values()) or self.prompts)
+
 
 @dataclass(slots=True)
 class _Answers:
@@ -56,6 +62,8 @@ class Scorer:
     fluency    whether to measure it; it takes as long as all the rest, and the model must be in hand for it
     retain     questions to ask under every patch, whose free answers should stay as they are
     judge      a model that is asked what it thinks of each free answer
+    keep       read from disk what the unpatched model did before, in other processes too, and keep there what is new; without,
+               it is asked anew, as it must be where that is to be timed
     """
 
     def __init__(
@@ -68,6 +76,7 @@ class Scorer:
         fluency: bool = True,
         retain: Sequence[Probe] = (),
         judge: Judge | None = None,
+        keep: bool = True,
     ) -> None:
         in_hand = isinstance(lm, LM)
         able = [name for name, protocol in PROTOCOLS.items() if in_hand or not protocol.needs_weights]
@@ -84,20 +93,26 @@ class Scorer:
         self.retain, self.judge = tuple(retain), judge
         self.protocols = [PROTOCOLS[name] for name in wanted]
         self._base = _Answers()
+        self._store = Store() if keep else None
 
     def baseline(self, edits: Sequence[Edit], progress: Progress = silent) -> None:
-        """Ask the unpatched model whatever of these edits' probes it was not asked yet."""
+        """Learn what the unpatched model does with these edits' probes, as far as it is not known yet: from disk, or by asking.
+
+        Raises TokenizerError if a question cannot be put.
+        """
         wanted = self._questions(edits)
-        new = _Questions(
-            {name: [ask for ask in asks if not self._known(name, ask, wanted)] for name, asks in wanted.asks.items()},
-            [prompt for prompt in wanted.prompts if prompt not in self._base.written],
-            wanted.compared,
-        )
-        if any(new.asks.values()) or new.prompts:
-            with self.lm.unpatched():
-                (found,) = self._ask([new], "Asking the unedited model", progress)
-            self._base.asked |= found.asked
-            self._base.written |= found.written
+        if self._unknown(wanted).are_none:
+            return
+        with self.lm.unpatched():
+            kept = self._kept()
+            if kept is not None:
+                self._recall(kept, self._unknown(wanted))
+            new = self._unknown(wanted)
+            if new.are_none:
+                return
+            (found,) = self._ask([new], "Asking the unedited model", progress, kept=kept)
+        self._base.asked |= found.asked
+        self._base.written |= found.written
 
     def score(self, edits: Sequence[Edit], *patches: Attachable, progress: Progress = silent) -> Scorecard:
         """How the model does on these edits with `patches` laid on top of what lies on it already.
@@ -158,6 +173,27 @@ class Scorer:
             asks["open"] = list(dict.fromkeys([*asks["open"], *map(_retaining, self.retain)]))
         return _Questions(asks, list(dict.fromkeys(edit.prompt for edit in edits)) if self.fluency else [], compared)
 
+    def _kept(self) -> Baseline | None:
+        """What is on disk of this model, without patches; None if nothing is to be kept of it."""
+        if self._store is None or not isinstance(self.lm, LM) or not can_keep(self.lm):
+            return None
+        sampling = {"seed": self.seed, "top_k": _FLUENCY_TOP_K, "longest": FLUENCY_TOKENS}
+        return Baseline(self.lm, self._store, chat=self.chat, sampling=sampling)
+
+    def _recall(self, kept: Baseline, new: _Questions) -> None:
+        for protocol in self.protocols:
+            seen = kept.answers(protocol, new.asks[protocol.name], new.compared)
+            self._base.asked |= {(protocol.name, ask): one for ask, one in seen.items()}
+        self._base.written |= kept.texts(new.prompts)
+
+    def _unknown(self, wanted: _Questions) -> _Questions:
+        """Those of them that are still to be answered by the unpatched model."""
+        return _Questions(
+            {name: [ask for ask in asks if not self._known(name, ask, wanted)] for name, asks in wanted.asks.items()},
+            [prompt for prompt in wanted.prompts if prompt not in self._base.written],
+            wanted.compared,
+        )
+
     def _known(self, name: ProtocolName, ask: Ask, wanted: _Questions) -> bool:
         """Whether the unpatched model was asked this, and if it is compared, also for what else that takes."""
         if (name, ask) not in self._base.asked:
@@ -199,9 +235,18 @@ class Scorer:
         return judged
 
     def _ask(
-        self, groups: Sequence[_Questions], doing: str, progress: Progress, *, lanes: bool = False
+        self,
+        groups: Sequence[_Questions],
+        doing: str,
+        progress: Progress,
+        *,
+        lanes: bool = False,
+        kept: Baseline | None = None,
     ) -> list[_Answers]:
-        """What is done with each group of questions; the groups are lanes of the model, or else there is one."""
+        """What is done with each group of questions; the groups are lanes of the model, or else there is one.
+
+        kept  where that is kept of one group, after each protocol, so that a process that is killed has not asked in vain
+        """
         answers = [_Answers() for _ in groups]
         compared = frozenset().union(*(group.compared for group in groups))
         steps = len(self.protocols) + 1
@@ -212,12 +257,16 @@ class Scorer:
             seen = protocol.observe(self.lm, [ask for _, ask in asked], chat=self.chat, lanes=own, compared=compared)
             for (i, ask), one in zip(asked, seen, strict=True):
                 answers[i].asked[protocol.name, ask] = one
+            if kept is not None:
+                kept.keep_answers(protocol, {ask: one for (_, ask), one in zip(asked, seen, strict=True)})
         progress(doing, steps - 1, steps)
         if isinstance(self.lm, LM):
             begun = [(i, prompt) for i, group in enumerate(groups) for prompt in group.prompts]
             texts = self._write(self.lm, [prompt for _, prompt in begun], [i for i, _ in begun] if lanes else None)
             for (i, prompt), text in zip(begun, texts, strict=True):
                 answers[i].written[prompt] = text
+            if kept is not None:
+                kept.keep_texts(answers[0].written)
         progress(doing, steps, steps)
         return answers
 
