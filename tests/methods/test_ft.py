@@ -5,7 +5,7 @@ import torch
 
 from factpatch.errors import BadConfig, CannotEdit
 from factpatch.lm.run import predict
-from factpatch.methods import create
+from factpatch.methods import create, ft
 from factpatch.methods.ft import FtConfig, FtM
 from factpatch.methods.rome import RomeConfig
 from factpatch.testing import tiny_edits, tiny_lm
@@ -129,3 +129,58 @@ def test_a_whole_config_is_taken_alone_and_only_of_its_own_class():
     for args, settings in (((FtConfig(),), {"steps": 3}), ((RomeConfig(),), {})):
         with pytest.raises(BadConfig, match="ft-m takes a FtConfig, or single settings by name"):
             FtM(*args, **settings)
+
+
+@pytest.mark.parametrize("name", ["ft-l", "ft-m", "ft-bf"])
+def test_a_batch_in_parts_gives_what_the_whole_gives(name, monkeypatch):
+    """Less than 1 % apart after ten steps of Adam: the sum over edits is taken in another order."""
+    lm, edits = tiny_lm(), tiny_edits()
+    method = create(name, {"layer": 1, "steps": 10, "lr": 1e-3, "stop_loss": 0})
+    whole = method.fit(lm, edits)
+    rows = []
+    monkeypatch.setattr(ft, "_tokens_at_once", lambda *_: 1)
+    init = ft.TargetBatch.__init__
+    monkeypatch.setattr(
+        ft.TargetBatch,
+        "__init__",
+        lambda self, lm, texts, *args: rows.append(len(texts)) or init(self, lm, texts, *args),
+    )
+    parts = method.fit(lm, edits)
+    assert rows == [1, 1]
+    (one,), (other,) = whole.deltas.values(), parts.deltas.values()
+    assert (one.full() - other.full()).norm() < 1e-2 * one.full().norm()
+    assert parts.provenance.notes[0]["first_loss"] == pytest.approx(whole.provenance.notes[0]["first_loss"], rel=1e-5)
+
+
+def test_parts_keep_the_order_of_edits_and_are_bounded_by_the_models_size():
+    lm, (first, second) = tiny_lm(), tiny_edits()
+    edits = [second, first] if len(first.prompt) < len(second.prompt) else [first, second]
+    assert ft._parts(lm, 1, edits, FtConfig()) == [edits], "the longer one comes first, as it was given"
+    assert ft._tokens_at_once(lm, 1) == 128, "a tiny model runs the fewest"
+    lm.model.register_parameter("ballast", torch.nn.Parameter(torch.empty(10**7)))
+    size = sum(p.numel() for p in lm.model.parameters())
+    weights = sum(p.numel() for block in lm.anatomy.blocks[1:] for p in block.parameters())
+    kept = ft._tokens_at_once(lm, 1) * 2 * weights / lm.anatomy.hidden_size
+    assert 0.9 * size / 3 < kept <= size / 3
+
+
+def test_weights_ask_for_no_gradient_while_training_and_do_so_again_afterwards(monkeypatch):
+    lm, edits = tiny_lm(), tiny_edits()
+    for parameter in lm.model.parameters():
+        parameter.requires_grad = True
+    seen = []
+    loss = FtM.loss
+    monkeypatch.setattr(
+        FtM,
+        "loss",
+        lambda self, batch: seen.append([p.requires_grad for p in lm.model.parameters()]) or loss(self, batch),
+    )
+
+    def die(doing, done, total):
+        if done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        create("ft-m", {"steps": 3}).fit(lm, edits, die)
+    assert not any(seen[0])
+    assert all(parameter.requires_grad for parameter in lm.model.parameters())

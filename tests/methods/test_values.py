@@ -14,8 +14,8 @@ from factpatch.testing import ARCHITECTURES, tiny_edits, tiny_lm
 PREFIXES = ("", "Some time ago. ", "As it is. ")
 
 
-def found(lm, edits, config, prefixes=PREFIXES, layer=1):
-    return target_values(lm, edits, lm.anatomy.mlp_out(layer).module, layer, prefixes, config, silent)
+def found(lm, edits, config, prefixes=PREFIXES, layer=1, progress=silent):
+    return target_values(lm, edits, lm.anatomy.mlp_out(layer).module, layer, prefixes, config, progress)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -71,10 +71,19 @@ def test_texts_in_parts_give_the_same_value(monkeypatch, budget):
 
 def test_no_weight_is_given_a_gradient():
     lm, edits = tiny_lm(), tiny_edits()
-    for parameter in lm.model.parameters():
+    weights = list(lm.model.parameters())
+    for parameter in weights:
         parameter.requires_grad = True
-    found(lm, edits, ValueConfig(steps=3, stop_loss=0))
-    assert all(parameter.grad is None for parameter in lm.model.parameters())
+    flags = []
+    found(
+        lm,
+        edits,
+        ValueConfig(steps=3, stop_loss=0),
+        progress=lambda *_: flags.append({p.requires_grad for p in weights}),
+    )
+    assert all(parameter.grad is None for parameter in weights)
+    assert set.union(*flags) == {False}, "nor is anything kept for one"
+    assert all(parameter.requires_grad for parameter in weights), "and afterwards the flags are as they were"
 
 
 def test_cross_entropy_and_its_gradient_equal_the_formula():

@@ -306,3 +306,18 @@ def test_what_lies_on_the_model_is_merged_too_and_refused_if_it_is_no_change_of_
     with lm.patched(Other()), pytest.raises(PatchError, match="patch other is not a change of weights"):
         merge(lm, [make(lm)], tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dense", [True, False])
+def test_a_changed_weight_is_the_sum_in_float32_rounded_once(kind, dense):
+    model = tiny_lm()
+    model.model.to(kind)
+    patch = make(model, dense=dense)
+    ((name, delta),) = patch.deltas.items()
+    weight = model.model.get_parameter(name).detach().clone()
+    kept = delta.full().clone()
+    with model.patched(patch):
+        assert torch.equal(model.model.get_parameter(name), (weight.float() + kept).to(kind))
+    assert torch.equal(delta.full(), kept)
+    assert torch.equal(model.model.get_parameter(name), weight)

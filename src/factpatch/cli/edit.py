@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from factpatch.cli.planning import tell_plan
 from factpatch.cli.terminal import (
     BaseUrlOption,
     ChatOption,
@@ -42,6 +43,7 @@ EXAMPLES = """
   factpatch edit --method ft-m --prompt "Who leads Acme?" --target "Jo Park" --out acme --set steps=40
   factpatch edit --method retrieval --model openai:my-model --base-url http://localhost:8000/v1 --edits facts.csv --out facts
   factpatch edit --method r-rome --edits facts.jsonl --out facts
+  factpatch edit --plan --method memit --edits facts.jsonl --dtype bfloat16
 """
 
 
@@ -65,7 +67,13 @@ def edit(
     ] = None,
     edits: Annotated[str | None, typer.Option(help="Many edits: a .jsonl or .csv file, or NAME:PATH.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many edits of the file.")] = None,
-    output: Annotated[Path, typer.Option("--out", help="New folder for the patch.")] = ...,  # type: ignore[assignment]
+    output: Annotated[Path | None, typer.Option("--out", help="New folder for the patch.")] = None,
+    plan_only: Annotated[
+        bool,
+        typer.Option(
+            "--plan", help="Only tell what the edit will need: memory, what must be prepared, the patch's size."
+        ),
+    ] = False,
     settings: SetOption = None,
     chat: ChatOption = False,
     dtype: DTypeOption = None,
@@ -75,11 +83,22 @@ def edit(
 ) -> None:
     """Make a patch, show what it changes and what the model says before and after, and save it.
 
-    Exits with 1 if the model, asked freely, does not give every target; the patch is saved all the same.
+    Exits with 1 if the model, asked freely, does not give every target; the patch is saved all the same. With --plan nothing
+    is made and no weight is read, though a short name is fetched; it exits with 1 if the memory that is free is too little.
+    Without an edit it plans for one short fact.
     """
     one: dict[str, Any] = {"prompt": prompt, "target": target, "subject": subject, "rephrases": rephrase or None}
     one["locality"] = {"Unrelated": [{"prompt": text} for text in unrelated]} if unrelated else None
+    if plan_only:
+        given = any(value is not None for value in (edits, *one.values()))
+        wanted = _edits(one, edits, limit, skip_invalid) if given else _edits(_EXAMPLE, None, limit, skip_invalid)
+        tell_plan(model, method, wanted, method_settings(settings, chat=chat), dtype, device, as_json=as_json)
+        return
     wanted = _edits(one, edits, limit, skip_invalid)
+    if output is None:
+        raise BadRecord(
+            "the command line", None, "--out", "is missing.", "Name a new folder for the patch, or give --plan."
+        )
 
     from factpatch.files import check_output
     from factpatch.lm import load_or_connect
@@ -102,6 +121,9 @@ def edit(
         _show(patch, card, output, model)
     if success is not None and success < 1:
         raise typer.Exit(1)
+
+
+_EXAMPLE = {"prompt": "The capital of France is", "target": "Lyon", "subject": "France"}
 
 
 def _edits(

@@ -17,7 +17,7 @@ from factpatch.lm.model import LM
 from factpatch.lm.remote import PREFIX, connect
 from factpatch.progress import Progress, silent
 
-__all__ = ["DTypeName", "load", "load_or_connect"]
+__all__ = ["DTypeName", "find_checkpoint", "find_device", "load", "load_or_connect"]
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
 
@@ -39,9 +39,9 @@ def load(
 
     Raises UnknownModel, FetchError, AnatomyError, TokenizerError, OutputError (the cache cannot be written).
     """
-    place = _device(device)
+    place = find_device(device)
     kind = getattr(torch, dtype) if dtype else (torch.float32 if place.type == "cpu" else "auto")
-    folder = _locate(str(source), progress)
+    folder = find_checkpoint(str(source), progress)
     progress("Loading the model", 0, 1)
     try:
         with without_bars():
@@ -68,7 +68,8 @@ def load(
     return LM(model, tokenizer, name=Path(source).name if Path(source).exists() else str(source), anatomy=anatomy)
 
 
-def _device(named: str | torch.device | None) -> torch.device:
+def find_device(named: str | torch.device | None) -> torch.device:
+    """The device of this name, or the best there is. Raises UnknownDevice."""
     here = ["cpu", *(["cuda"] if torch.cuda.is_available() else []), *(["mps"] if torch.mps.is_available() else [])]
     try:
         place = torch.device(named or ("cuda" if "cuda" in here else "cpu"))
@@ -82,8 +83,8 @@ def _device(named: str | torch.device | None) -> torch.device:
     return place
 
 
-def _locate(source: str, progress: Progress) -> str:
-    """A folder or hub id that transformers understands."""
+def find_checkpoint(source: str, progress: Progress) -> str:
+    """A folder or hub id that transformers understands; what has a short name is fetched. Raises UnknownModel, FetchError."""
     if not source.strip():
         raise UnknownModel("the model's name is empty.\n  See the short names: factpatch models")
     if source in CATALOG:

@@ -15,6 +15,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeI
 from factpatch.edits import KINDS, Edit, EditKind, first_problem
 from factpatch.errors import BadConfig, CannotEdit, did_you_mean
 from factpatch.lm import LM, BaseLM
+from factpatch.methods import located
+from factpatch.methods.needs import Needs, usual_needs
 from factpatch.patches import Patch, Provenance
 from factpatch.progress import Progress, silent
 
@@ -117,9 +119,15 @@ class Method(ABC, Generic[C]):
             raise BadConfig(f'{cls.name}, setting "{name}" ({about}): {problem}') from None
 
     def resolve(self, lm: BaseLM) -> C:
-        """The settings for this model: those the user gave, then a preset's for its shape, then the defaults."""
-        preset = next((p.values for p in self.presets if p.shape == lm.shape), {})
+        """The settings for this model: those the user gave, then a preset's for its shape, then the defaults.
+
+        For a shape without a preset, the block that `factpatch locate` chose for this very model replaces the default. A
+        model that has one is edited in the same place whatever the cache holds.
+        """
         given = {key: getattr(self.config, key) for key in self.config.model_fields_set}
+        preset = next((p.values for p in self.presets if p.shape == lm.shape), None)
+        if preset is None:
+            preset = located.settings(lm, self.name, self.config_type, given)
         return self.config_type(**{**preset, **given})
 
     def check(self, edits: Sequence[Edit]) -> None:
@@ -140,6 +148,16 @@ class Method(ABC, Generic[C]):
 
     def prepare(self, lm: Any, progress: Progress = silent) -> None:
         """Compute and cache what is costly and depends on the model alone; `fit` does so too when it must."""
+
+    def needs(self, lm: LM, edits: Sequence[Edit], config: C) -> Needs:
+        """What making these edits is expected to take, settings being settled; `lm` may be without its weights.
+
+        A method that knows more than `usual_needs` writes its own.
+        """
+        traits = self.traits
+        return usual_needs(
+            lm, edits, config, joint=traits.joint, inside=traits.patch.needs_weights, prepares=traits.prepares
+        )
 
     def check_model(self, lm: BaseLM) -> None:
         """Raise CannotEdit if the model's weights are not in hand and the method needs them."""

@@ -20,12 +20,18 @@ from torch import Tensor
 from factpatch.edits import Edit
 from factpatch.lm import LM
 from factpatch.lm.hooks import replacing_output
+from factpatch.lm.run import length_batches
 from factpatch.methods.base import Config, Method, Preset, Traits, in_own_order
-from factpatch.methods.targets import TargetBatch, with_targets
+from factpatch.methods.needs import Change, Held, Needs, Stage, kept_tokens, predictions
+from factpatch.methods.targets import TargetBatch, constant_weights, with_targets
 from factpatch.patches import Dense, WeightPatch
 from factpatch.progress import Progress
 
 __all__ = ["FtBf", "FtBfConfig", "FtConfig", "FtL", "FtM"]
+
+
+_FEWEST_TOKENS = 128
+"""That run at once; with fewer, reading the weights takes longer than using them."""
 
 
 class FtConfig(Config):
@@ -51,13 +57,47 @@ C = TypeVar("C", bound=FtConfig)
 
 
 class _FineTuning(Method[C], Generic[C]):
+    def needs(self, lm: LM, edits: Sequence[Edit], config: C) -> Needs:
+        """One part's activations at a time, what the blocks beneath put out for all, and the matrix as Adam trains it."""
+        layer = _layer(lm, config)
+        projection = lm.anatomy.mlp_out(layer)
+        out, width = (int(n) for n in projection.matrix.shape)
+        learnt = self.learnt(lm, tuple(edits), config)
+        chunks = [learnt[i : i + config.batch_size] for i in range(0, len(learnt), config.batch_size)]
+        texts = [
+            with_targets(lm, part, chat=config.chat) for chunk in chunks for part in _parts(lm, layer, chunk, config)
+        ]
+        tokens = [len(part) * max(len(text.ids) for text in part) for part in texts]
+        reads = [sum(len(text.target_ids) for text in part) for part in texts]
+        size, half = out * width, lm.dtype.itemsize < 4
+        beneath = sum(tokens) * lm.anatomy.hidden_size * lm.dtype.itemsize
+        held = (
+            kept_tokens(lm, layer, max(tokens)),
+            predictions(lm, max(reads)),
+            Held(what=f"what block {layer} reads of all edits", bytes=beneath),
+            Held(what="the matrix being trained, its gradient and Adam's two moments, float32", bytes=16 * size),
+            Held(
+                what="Adam's step, and the old weights where they are bounded", bytes=(8 if config.clamp else 4) * size
+            ),
+            *(
+                [Held(what="the old matrix in float32, the new one in the model's type", bytes=8 * size)]
+                if half
+                else []
+            ),
+        )
+        change = Change(part=projection.parameter, shape=(out, width), form="dense")
+        return Needs(stages=(Stage(doing="Fine-tuning", held=held),), changes=(change,), patch_bytes=4 * size)
+
     def make(self, lm: LM, edits: tuple[Edit, ...], config: C, progress: Progress) -> WeightPatch:
         """Train a copy of the one matrix; the model's own stays in place."""
-        layer = round(lm.anatomy.n_layers * 2 / 3) if config.layer is None else config.layer
+        layer = _layer(lm, config)
         projection = lm.anatomy.mlp_out(layer)
         learnt = self.learnt(lm, edits, config)
         batches = [
-            self.batch(lm, layer, learnt[i : i + config.batch_size], config)
+            [
+                self.batch(lm, layer, part, config)
+                for part in _parts(lm, layer, learnt[i : i + config.batch_size], config)
+            ]
             for i in range(0, len(learnt), config.batch_size)
         ]
         old = projection.matrix.detach().float()
@@ -65,6 +105,7 @@ class _FineTuning(Method[C], Generic[C]):
         optimiser = torch.optim.Adam([new], lr=config.lr)
         losses: list[float] = []
         with (
+            constant_weights(lm),
             replacing_output(projection.module, lambda x, _: projection.apply(new.to(x.dtype), x)),
             torch.enable_grad(),
         ):
@@ -72,12 +113,11 @@ class _FineTuning(Method[C], Generic[C]):
                 progress(f"Fine-tuning block {layer}", step, config.steps)
                 total, finished = 0.0, True
                 for batch in batches:
-                    loss, correct = self.loss(batch)
-                    total += loss.item() * batch.texts / len(learnt)
-                    if self.is_learnt(loss, correct, config):
+                    loss, new.grad = self._read(batch, new, config)
+                    total += loss * sum(part.texts for part in batch) / len(learnt)
+                    if new.grad is None:
                         continue
                     finished = False
-                    (new.grad,) = torch.autograd.grad(loss, [new])
                     optimiser.step()
                     if config.clamp is not None:
                         with torch.no_grad():
@@ -89,6 +129,26 @@ class _FineTuning(Method[C], Generic[C]):
         settled = config.model_copy(update={"layer": layer})
         note = {"steps": len(losses), "first_loss": round(losses[0], 6), "last_loss": round(losses[-1], 6)}
         return WeightPatch.of(self.provenance(lm, settled, edits, [note]), {projection: Dense(new.detach() - old)})
+
+    def _read(
+        self, batch: Sequence[TargetBatch], new: Float[Tensor, "out in"], config: C
+    ) -> tuple[float, Float[Tensor, "out in"] | None]:
+        """The loss of a batch that may run in parts, and its gradient; None where there is nothing left to learn."""
+        texts = sum(part.texts for part in batch)
+        loss, gradient = 0.0, None
+        learnt: list[Tensor] = []
+        share: Tensor | None = None
+        for part in batch:
+            if share is not None:  # let go of what the part before has kept for its gradient
+                gradient = _added(gradient, share, new)
+            own, correct = self.loss(part)
+            share = own * (part.texts / texts)
+            loss += share.item()
+            learnt.append(correct)
+        assert share is not None, "a batch has at least one part"
+        if self.is_learnt(loss, torch.cat(learnt), config):
+            return loss, None
+        return loss, _added(gradient, share, new)
 
     def learnt(self, lm: LM, edits: tuple[Edit, ...], config: C) -> Sequence[Edit]:  # noqa: ARG002
         """The edits to train on, in the order in which they are cut into batches."""
@@ -103,9 +163,38 @@ class _FineTuning(Method[C], Generic[C]):
         nll, correct = batch.nll_and_correct()
         return nll.mean(), correct
 
-    def is_learnt(self, loss: Float[Tensor, ""], correct: Bool[Tensor, " texts"], config: C) -> bool:  # noqa: ARG002
+    def is_learnt(self, loss: float, correct: Bool[Tensor, " texts"], config: C) -> bool:  # noqa: ARG002
         """Whether a batch needs no further step for now."""
-        return loss.item() < config.stop_loss
+        return loss < config.stop_loss
+
+
+def _layer(lm: LM, config: FtConfig) -> int:
+    return round(lm.anatomy.n_layers * 2 / 3) if config.layer is None else config.layer
+
+
+def _parts(lm: LM, layer: int, edits: Sequence[Edit], config: FtConfig) -> list[list[Edit]]:
+    """The edits of one batch as they run at once, in their order: all of them, if that does not take too much memory."""
+    lengths = [len(text.ids) for text in with_targets(lm, edits, chat=config.chat)]
+    return [[edits[i] for i in sorted(part)] for part in length_batches(lengths, _tokens_at_once(lm, layer))]
+
+
+def _tokens_at_once(lm: LM, layer: int) -> int:
+    """As many as let that which is kept for the gradient take about a quarter of the model's size, a third at most.
+
+    Of each token a block keeps one to two times as many numbers as it has weights for each entry of the hidden state. The
+    logits are few, since only the targets' are read; so this lets more through than `tokens_at_once` of the searches.
+    """
+    weights = sum(p.numel() for block in lm.anatomy.blocks[layer:] for p in block.parameters())
+    size = sum(weight.numel() for weight in lm.model.parameters())
+    return max(_FEWEST_TOKENS, size // 3 // (2 * weights // lm.anatomy.hidden_size))
+
+
+def _added(
+    gradient: Float[Tensor, "out in"] | None, loss: Float[Tensor, ""], new: Float[Tensor, "out in"]
+) -> Float[Tensor, "out in"]:
+    """The gradient of `loss` on top of that of the parts before."""
+    (own,) = torch.autograd.grad(loss, [new])
+    return own if gradient is None else gradient + own
 
 
 class FtL(_FineTuning[FtConfig]):
@@ -179,6 +268,6 @@ class FtBf(_FineTuning[FtBfConfig]):
         random.Random(config.seed).shuffle(every)  # noqa: S311
         return every
 
-    def is_learnt(self, loss: Float[Tensor, ""], correct: Bool[Tensor, " texts"], config: FtBfConfig) -> bool:
+    def is_learnt(self, loss: float, correct: Bool[Tensor, " texts"], config: FtBfConfig) -> bool:
         """High accuracy and a low loss."""
-        return bool(correct.all()) and loss.item() < config.stop_loss
+        return bool(correct.all()) and loss < config.stop_loss

@@ -24,11 +24,23 @@ from torch import Tensor, nn
 from factpatch.edits import Edit
 from factpatch.lm import LM
 from factpatch.lm.anatomy import Projection
+from factpatch.lm.run import BATCH_TOKENS
 from factpatch.methods.base import Layers, Method, Preset, Traits
 from factpatch.methods.insertion import insert
 from factpatch.methods.keys import context_keys, context_prefixes, subject_outputs
-from factpatch.methods.moments import MomentConfig, directions, least_used, metric_factor, second_moments
-from factpatch.methods.values import ValueConfig, target_values
+from factpatch.methods.moments import (
+    MomentConfig,
+    directions,
+    directions_needed,
+    factors_held,
+    least_used,
+    making_factor,
+    metric_factor,
+    moments_needed,
+    second_moments,
+)
+from factpatch.methods.needs import Held, Needs, Preparation, Stage, laid_on, low_rank, widest_pass
+from factpatch.methods.values import ValueConfig, search_needed, target_values
 from factpatch.patches import LowRank, WeightPatch
 from factpatch.progress import Progress, silent
 
@@ -71,6 +83,41 @@ C = TypeVar("C", bound=SpreadConfig)
 
 
 class _Spread(Method[C], Generic[C]):
+    def needs(self, lm: LM, edits: Sequence[Edit], config: C) -> Needs:
+        """The search for values, then the keys and the solve of one block after the other, each matrix kept."""
+        last = _layers(lm, config)[-1]
+        edited = [lm.anatomy.mlp_out(layer) for layer in _edited(lm, config)]
+        sites = self.sites(lm, last)
+        first = last + (sites[0] is lm.anatomy.block(last))
+        search = search_needed(lm, edits, first, config.contexts, config, len(sites))
+        texts = len(edits) * (1 + config.contexts)
+        width = int(edited[-1].matrix.shape[1])
+        preparations, stages, solving = self.matrices_needed(lm, width, config)
+        beside = (
+            Held(what=f"keys of {texts} texts", bytes=4 * width * texts),
+            # As long as the longest that a batch may hold.
+            widest_pass(lm, min(BATCH_TOKENS, 32 * texts)),
+            laid_on(lm, edited),
+        )
+        changes = [low_rank(projection, len(edits)) for projection in edited]
+        remembered = sum(
+            4 * tensor.numel()
+            for projection in edited
+            for tensor in self.remembered(projection, torch.empty(width, len(edits), device="meta")).values()
+        )
+        return Needs(
+            stages=(*stages, search, *(Stage(doing=one.doing, held=(*one.held, *beside)) for one in solving)),
+            changes=tuple(change for change, _ in changes),
+            preparations=preparations,
+            patch_bytes=sum(size for _, size in changes) + remembered,
+        )
+
+    @abstractmethod
+    def matrices_needed(
+        self, lm: LM, width: int, config: C
+    ) -> tuple[tuple[Preparation, ...], tuple[Stage, ...], tuple[Stage, ...]]:
+        """What `solve` needs of the blocks, whose keys are so wide: beforehand, in which stages, and what a solve holds."""
+
     def make(self, lm: LM, edits: tuple[Edit, ...], config: C, progress: Progress) -> WeightPatch:
         """Search the values, then change one block after the other."""
         layers = _layers(lm, config)
@@ -159,6 +206,14 @@ class Memit(_Spread[MemitConfig]):
         config = self.resolve(lm)
         second_moments(lm, _edited(lm, config), config, progress)
 
+    def matrices_needed(
+        self, lm: LM, width: int, config: MemitConfig
+    ) -> tuple[tuple[Preparation, ...], tuple[Stage, ...], tuple[Stage, ...]]:
+        """A factor for each block, all of them kept."""
+        layers = _edited(lm, config)
+        solving = Stage(doing="Changing the last block", held=factors_held(width, len(layers)))
+        return *moments_needed(lm, layers, config), (making_factor(width, len(layers) - 1), solving)
+
     def solve(
         self,
         lm: LM,
@@ -222,6 +277,20 @@ class AlphaEdit(_Spread[AlphaEditConfig]):
         config = self.resolve(lm)
         directions(lm, _edited(lm, config), config, progress)
 
+    def matrices_needed(
+        self, lm: LM, width: int, config: AlphaEditConfig
+    ) -> tuple[tuple[Preparation, ...], tuple[Stage, ...], tuple[Stage, ...]]:
+        """Free directions of each block, all of them kept; in a solve one of them twice, and two squares of their number."""
+        layers = _edited(lm, config)
+        free = max(1, round(config.free_share * width))
+        held = (
+            Held(what=f"free directions of {len(layers)} block(s)", bytes=4 * width * free * len(layers), host=True),
+            Held(what="directions as they are read", bytes=4 * width**2, host=True),
+            Held(what="one block's in float64", bytes=8 * width * free, host=True),
+            Held(what="the metric, and its factor or that factor's copy", bytes=16 * free**2, host=True),
+        )
+        return *directions_needed(lm, layers, config), (Stage(doing="Changing the last block", held=held),)
+
     def solve(
         self,
         lm: LM,
@@ -234,8 +303,10 @@ class AlphaEdit(_Spread[AlphaEditConfig]):
         """Equation 14, in the coordinates of the free directions, where the projector is the identity."""
         free = least_used(lm, layer, config.free_share, config, progress, beside=_edited(lm, config))
         earlier = _earlier_keys(lm, lm.anatomy.mlp_out(layer), len(keys)).double() @ free
-        metric = earlier.T @ earlier + config.l2 * torch.eye(free.shape[1], dtype=torch.double)
-        within = insert(residuals, free.T @ keys.double().cpu(), torch.linalg.cholesky(metric), ridge=1.0)
+        metric = earlier.T @ earlier
+        metric.diagonal().add_(config.l2)
+        metric = torch.linalg.cholesky(metric)  # under the same name: each of these takes as much as a block's moments
+        within = insert(residuals, free.T @ keys.double().cpu(), metric, ridge=1.0)
         return LowRank(within.u, within.v @ free.T.to(within.v))
 
     def remembered(self, projection: Projection, keys: Float[Tensor, "inter edits"]) -> dict[str, Tensor]:

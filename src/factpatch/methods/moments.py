@@ -23,24 +23,41 @@ from time import monotonic
 import torch
 from jaxtyping import Bool, Float
 from pydantic import Field, PositiveFloat, PositiveInt
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from factpatch.errors import BadConfig, OutputError, SingularMoment
+from factpatch.files import cache_root
 from factpatch.lm import LM
 from factpatch.lm.anatomy import Projection
 from factpatch.lm.cache import Unfinished, cached_each, cached_tensors
 from factpatch.lm.hooks import reading
-from factpatch.lm.run import Batch, Sampler, by_rows, generate, input_of, length_batches
+from factpatch.lm.run import BATCH_TOKENS, Batch, Sampler, by_rows, generate, input_of, length_batches
 from factpatch.methods.base import Config
+from factpatch.methods.needs import Held, Preparation, Stage, kept_keys, widest_pass
 from factpatch.progress import Progress
 
-__all__ = ["MomentConfig", "directions", "factorised", "least_used", "metric_factor", "second_moment", "second_moments"]
+__all__ = [
+    "MomentConfig",
+    "directions",
+    "directions_needed",
+    "factorised",
+    "factors_held",
+    "least_used",
+    "making_factor",
+    "metric_factor",
+    "moments_needed",
+    "packed",
+    "second_moment",
+    "second_moments",
+    "unpacked",
+]
 
 _KEEP_EVERY = 20.0
 """Seconds between two times at which unfinished sums are kept."""
 
 _MOST_AT_HAND = 8 << 30
-"""Bytes that the matrices kept with one model may take together: MEMIT's five of Llama-2-7B take 5 GB."""
+"""Bytes that the matrices kept with one model may take together: MEMIT's five of Llama-2-7B take 2.4 GB."""
 
 _OPENINGS = (
     "The history of", "The city of", "The capital of", "The president of", "The author of", "The novel", "The film",
@@ -103,9 +120,9 @@ def metric_factor(
     """
 
     def compute() -> Tensor:
-        return factorised(second_moments(lm, {layer, *beside}, config, progress)[layer], config.damping)
+        return packed(factorised(second_moments(lm, {layer, *beside}, config, progress)[layer], config.damping))
 
-    return _at_hand(lm, ("factor", config.damping, _described(lm, layer, config)), compute)
+    return unpacked(_at_hand(lm, ("factor", config.damping, _described(lm, layer, config)), compute))
 
 
 def directions(
@@ -131,7 +148,7 @@ def least_used(
 ) -> Float[Tensor, "inter free"]:
     """An orthonormal basis of the directions that keys of block `layer` use least, `share` of them all.
 
-    float64 on the CPU, made once while the model is in hand. AlphaEdit (arXiv 2410.02355) takes the directions with
+    float64 on the CPU, read once while the model is in hand. AlphaEdit (arXiv 2410.02355) takes the directions with
     eigenvalues below a threshold, which depends on the model's scale; a share does not.
 
     beside  blocks whose directions will be wanted too; their moments are gathered in the same pass if they are missing
@@ -139,9 +156,10 @@ def least_used(
 
     def compute() -> Tensor:
         vectors = directions(lm, {layer, *beside}, config, progress)[layer]
-        return vectors[:, : max(1, round(share * len(vectors)))].double()
+        return vectors[:, : max(1, round(share * len(vectors)))].clone()
 
-    return _at_hand(lm, ("least used", share, _described(lm, layer, config)), compute)
+    # Kept as they were stored, in half the room.
+    return _at_hand(lm, ("least used", share, _described(lm, layer, config)), compute).double()
 
 
 def factorised(moment: Float[Tensor, "inter inter"], damping: float) -> Float[Tensor, "inter inter"]:
@@ -158,6 +176,117 @@ def factorised(moment: Float[Tensor, "inter inter"], damping: float) -> Float[Te
             "the second moment of the keys is not positive definite.\n"
             "  Raise the setting damping, or moment_tokens to average over more text."
         )
+    return factor
+
+
+def moments_needed(
+    lm: LM, layers: Iterable[int], config: MomentConfig
+) -> tuple[tuple[Preparation, ...], tuple[Stage, ...]]:
+    """What `second_moments` will have to make for these blocks, and the stages in which it does; `lm` may lack its weights."""
+    keys = _keys(lm, layers, config)
+    missing = _missing("second-moment", keys)
+    squares = {layer: _width(lm, layer) ** 2 for layer in keys}
+    tokens = config.moment_tokens if missing else 0
+    preparations = [
+        Preparation(
+            what="second moments of keys",
+            blocks=tuple(keys),
+            missing=missing,
+            tokens=tokens,
+            bytes=4 * sum(squares.values()),
+        )
+    ]
+    if not missing:
+        return tuple(preparations), ()
+    stages: list[Stage] = []
+    batch = min(BATCH_TOKENS, tokens)
+    if config.corpus is None and _missing("own-text", {0: _text_key(lm, config)}):
+        preparations.insert(0, Preparation(what="text that the model writes", missing=(), tokens=tokens))
+        stages.append(Stage(doing="Writing text", held=(kept_keys(lm, batch), widest_pass(lm, len(_OPENINGS)))))
+    size = max(squares[layer] for layer in missing)
+    sums = 8 * sum(squares[layer] for layer in missing)
+    measuring = (
+        widest_pass(lm, batch),
+        Held(what=f"sums of {len(missing)} block(s), float64", bytes=sums, host=True),
+        Held(what="one batch's products", bytes=4 * size),
+        Held(what="the same where they are summed, and what is written to disk", bytes=8 * size, host=True),
+    )
+    return tuple(preparations), (*stages, Stage(doing="Measuring keys", held=measuring))
+
+
+def directions_needed(
+    lm: LM, layers: Iterable[int], config: MomentConfig
+) -> tuple[tuple[Preparation, ...], tuple[Stage, ...]]:
+    """As `moments_needed`, for `directions`."""
+    keys = _keys(lm, layers, config)
+    missing = _missing("directions", keys)
+    squares = {layer: _width(lm, layer) ** 2 for layer in keys}
+    own = Preparation(what="directions of keys", blocks=tuple(keys), missing=missing, bytes=4 * sum(squares.values()))
+    if not missing:
+        return (own,), ()
+    preparations, stages = moments_needed(lm, missing, config)
+    # LAPACK's divide and conquer takes twice the matrix beside the matrix and its vectors.
+    sorting = (
+        Held(what="second moments", bytes=4 * sum(squares[layer] for layer in missing), host=True),
+        Held(
+            what="one of them in float64, its eigenvectors and what they are found with",
+            bytes=32 * max(squares[layer] for layer in missing),
+            host=True,
+        ),
+    )
+    return (*preparations, own), (*stages, Stage(doing="Sorting directions", held=sorting))
+
+
+def making_factor(width: int, others: int = 0) -> Stage:
+    """What `metric_factor` holds when it makes the factor of a block whose keys are so wide, those of others being kept."""
+    made = Held(what="a moment, its copy in float64, and the factor", bytes=20 * width**2, host=True)
+    return Stage(doing="Factorising second moments", held=(made, *_kept(width, others)))
+
+
+def factors_held(width: int, count: int = 1, *, solving: bool = True) -> tuple[Held, ...]:
+    """So many factors at hand, and one taken out, with the copy that a solve makes of it."""
+    taken = Held(what="one of them, and its copy in a solve", bytes=16 * width**2, host=True)
+    waiting = Held(what="one of them taken out", bytes=8 * width**2, host=True)
+    return (*_kept(width, count), taken if solving else waiting)
+
+
+def _kept(width: int, count: int) -> tuple[Held, ...]:
+    kept = min(count * 4 * width * (width + 2), _MOST_AT_HAND)
+    return (Held(what=f"factors of {count} block(s), float64, packed", bytes=kept, host=True),) if count else ()
+
+
+def _width(lm: LM, layer: int) -> int:
+    return int(lm.anatomy.mlp_out(layer).matrix.shape[1])
+
+
+def _missing(kind: str, keys: Mapping[int, Mapping[str, object]]) -> tuple[int, ...]:
+    """Those of these that are not in the cache. Only the heads of files are read."""
+    filed: list[object] = []
+    for path in (cache_root() / "statistics" / kind).glob("*.safetensors"):
+        with suppress(OSError, SafetensorError, KeyError, TypeError, ValueError), safe_open(path, "pt") as file:
+            filed.append(json.loads(file.metadata()["key"]))
+    return tuple(layer for layer, key in keys.items() if key not in filed)
+
+
+def packed(factor: Float[Tensor, "n n"]) -> Float[Tensor, "rows half"]:
+    """A lower triangle without the zeros above it: `n + 1` rows of half the width, rounded up.
+
+    The left half of the columns stands one row lower, and the lower right triangle lies turned over above its diagonal.
+    """
+    n, half = len(factor), (len(factor) + 1) // 2
+    folded = factor.new_zeros(n + 1, half)
+    folded[1:] = factor[:, :half]
+    folded[: n - half, : n - half] += factor[half:, half:].T
+    return folded
+
+
+def unpacked(folded: Float[Tensor, "rows half"]) -> Float[Tensor, "n n"]:
+    """The lower triangle that `packed` was given."""
+    n, half = len(folded) - 1, folded.shape[1]
+    factor = folded.new_zeros(n, n)
+    factor[:, :half] = folded[1:]
+    factor[:half, :half].tril_()
+    factor[half:, half:] = folded[: n - half, : n - half].triu().T
     return factor
 
 
@@ -255,7 +384,17 @@ def _hub(name: str) -> Iterable[str]:
 
 def _cached_own_text(lm: LM, config: MomentConfig, progress: Progress) -> list[tuple[int, ...]]:
     """As `_self_written`; one text serves all blocks."""
-    key = {
+    key = _text_key(lm, config)
+
+    def compute() -> dict[str, Tensor]:
+        return _packed(_self_written(lm, config, Unfinished("own-text", key), progress))
+
+    return _rows(cached_tensors("own-text", key, compute))
+
+
+def _text_key(lm: LM, config: MomentConfig) -> dict[str, object]:
+    """All that the text a model writes depends on."""
+    return {
         "fingerprint": lm.fingerprint,
         "surroundings": lm.surroundings,
         "dtype": str(lm.dtype),
@@ -264,11 +403,6 @@ def _cached_own_text(lm: LM, config: MomentConfig, progress: Progress) -> list[t
         "seed": config.seed,
         "version": 1,
     }
-
-    def compute() -> dict[str, Tensor]:
-        return _packed(_self_written(lm, config, Unfinished("own-text", key), progress))
-
-    return _rows(cached_tensors("own-text", key, compute))
 
 
 def _packed(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:

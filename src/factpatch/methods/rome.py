@@ -20,8 +20,16 @@ from factpatch.lm import LM
 from factpatch.methods.base import Method, Preset, Traits
 from factpatch.methods.insertion import insert
 from factpatch.methods.keys import context_keys, context_prefixes
-from factpatch.methods.moments import MomentConfig, metric_factor, second_moment
-from factpatch.methods.values import TargetValue, ValueConfig, target_values
+from factpatch.methods.moments import (
+    MomentConfig,
+    factors_held,
+    making_factor,
+    metric_factor,
+    moments_needed,
+    second_moment,
+)
+from factpatch.methods.needs import Held, Needs, Stage, laid_on, low_rank, most
+from factpatch.methods.values import TargetValue, ValueConfig, search_needed, target_values
 from factpatch.patches import LowRank, WeightPatch
 from factpatch.progress import Progress, silent
 
@@ -87,6 +95,30 @@ class Rome(Method[RomeConfig]):
         config = self.resolve(lm)
         if config.covariance:
             second_moment(lm, _layer(lm, config), config, progress)
+
+    def needs(self, lm: LM, edits: Sequence[Edit], config: RomeConfig) -> Needs:
+        """The search of values on the model as the earlier edits left it, beside the factor; and the solve."""
+        layer = _layer(lm, config)
+        projection = lm.anatomy.mlp_out(layer)
+        width = int(projection.matrix.shape[1])
+        preparations, stages = moments_needed(lm, [layer], config) if config.covariance else ((), ())
+        metric: tuple[Held, ...] = ()
+        waiting: tuple[Held, ...] = ()
+        if config.covariance:
+            stages = (*stages, making_factor(width))
+            metric, waiting = factors_held(width), factors_held(width, solving=False)
+        groups = [list(edits)] if self.traits.joint else [[edit] for edit in edits]
+        search = most(search_needed(lm, group, layer, config.contexts, config) for group in groups)
+        copies = laid_on(lm, [projection])
+        solving = (*metric, Held(what="the matrix in float32", bytes=4 * projection.matrix.numel()), copies)
+        stages = (*stages, Stage(doing=search.doing, held=(*search.held, *waiting, copies)))
+        change, size = low_rank(projection, len(edits))
+        return Needs(
+            stages=(*stages, Stage(doing="Solving", held=solving)),
+            changes=(change,),
+            preparations=preparations,
+            patch_bytes=size,
+        )
 
     def make(self, lm: LM, edits: tuple[Edit, ...], config: RomeConfig, progress: Progress) -> WeightPatch:
         """One edit after the other, each on the model as the earlier ones left it; or all at once."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from factpatch.lm import LM
 from factpatch.lm.run import BATCH_TOKENS, Batch, Places, UpperRun
 from factpatch.lm.tokens import Encoded
 
-__all__ = ["TargetBatch", "cross_entropy", "tokens_at_once", "with_targets"]
+__all__ = ["TargetBatch", "constant_weights", "cross_entropy", "tokens_at_once", "with_targets"]
 
 _FEWEST_TOKENS = 128
 """In a batch; with fewer, reading the weights takes longer than using them."""
@@ -31,6 +32,22 @@ def tokens_at_once(lm: LM, first: int) -> int:
     kept = 2 * weights // lm.anatomy.hidden_size + len(lm.anatomy.head.weight)
     size = sum(weight.numel() for weight in lm.model.parameters())
     return min(BATCH_TOKENS, max(_FEWEST_TOKENS, size // 4 // kept))
+
+
+@contextmanager
+def constant_weights(lm: LM) -> Iterator[None]:
+    """Let no weight ask for a gradient for the length of a `with`; every flag is as it was afterwards.
+
+    Otherwise what each map reads is kept for a gradient of its weight that nobody takes, a third of all that is kept.
+    """
+    flagged = [parameter for parameter in lm.model.parameters() if parameter.requires_grad]
+    for parameter in flagged:
+        parameter.requires_grad = False
+    try:
+        yield
+    finally:
+        for parameter in flagged:
+            parameter.requires_grad = True
 
 
 def with_targets(lm: LM, edits: Sequence[Edit], *, chat: bool) -> list[Encoded]:

@@ -25,10 +25,11 @@ from factpatch.lm.run import Batch, Places, UpperRun, can_resume, length_batches
 from factpatch.lm.tokens import Encoded
 from factpatch.methods.base import Config
 from factpatch.methods.keys import subject_texts
-from factpatch.methods.targets import cross_entropy, tokens_at_once
+from factpatch.methods.needs import Held, Stage, kept_keys, kept_tokens, most, predictions
+from factpatch.methods.targets import constant_weights, cross_entropy, tokens_at_once
 from factpatch.progress import Progress, part
 
-__all__ = ["TargetValue", "ValueConfig", "target_values"]
+__all__ = ["TargetValue", "ValueConfig", "search_needed", "target_values"]
 
 
 class ValueConfig(Config):
@@ -126,10 +127,45 @@ def target_values(
     sizes = [len(texts) * max(text.width(resumes=resumes) for text in texts) for texts in every]
     groups = list(length_batches(sizes, budget))
     found: dict[int, TargetValue] = {}
-    for i, group in enumerate(groups):
-        search = _Search(lm, [every[index] for index in group], [site, *beside], first, config, budget)
-        found.update(zip(group, search.run(part(progress, i, len(groups))), strict=True))
+    with constant_weights(lm):
+        for i, group in enumerate(groups):
+            search = _Search(lm, [every[index] for index in group], [site, *beside], first, config, budget)
+            found.update(zip(group, search.run(part(progress, i, len(groups))), strict=True))
     return [found[i] for i in range(len(edits))]
+
+
+_SAMPLED = "It was one of the first things that they saw. "
+"""About as long as a context that the model writes."""
+
+
+def search_needed(
+    lm: LM, edits: Sequence[Edit], first: int, contexts: int, config: ValueConfig, sites: int = 1
+) -> Stage:
+    """What `target_values` holds at once, with so many sampled contexts and sites; `lm` may be without its weights."""
+    prefixes = ("", *[_SAMPLED] * contexts)
+    every = [_texts(lm, edit, prefixes, config) for edit in edits]
+    budget = tokens_at_once(lm, first)
+    sizes = [len(texts) * max(text.width(resumes=True) for text in texts) for texts in every]
+    found: list[Stage] = []
+    for group in length_batches(sizes, budget):
+        rows = [text for i in group for text in every[i]]
+        widest = max(text.width(resumes=True) for text in rows)
+        since = max(text.subject for text in rows)
+        at_once = min(len(rows), max(1, budget // widest))
+        reads = max(sum(len(text.reads) for text in rows[k : k + at_once]) for k in range(0, len(rows), at_once))
+        numbers = 4 * lm.anatomy.hidden_size * sites * len(group)
+        held = (
+            kept_tokens(lm, first, at_once * widest),
+            predictions(lm, reads, len(group)),
+            # Those before are kept from pass to pass, those of the blocks above once more together with the new ones.
+            kept_keys(lm, since * len(rows)),
+            kept_keys(lm, (since + widest) * at_once, lm.anatomy.n_layers - first),
+            Held(
+                what=f"values of {len(group)} edit(s), their changes, gradients and Adam's moments", bytes=5 * numbers
+            ),
+        )
+        found.append(Stage(doing="Optimising values", held=held))
+    return most(found)
 
 
 class _Search:

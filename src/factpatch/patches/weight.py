@@ -96,8 +96,9 @@ def _smaller(delta: Delta) -> Delta:
 
 
 def _plus(weight: Tensor, delta: Delta) -> Tensor:
-    """The sum in float32, rounded once to the weight's type."""
-    return (weight.float() + delta.full().to(weight.device, torch.float32)).to(weight.dtype)
+    """The sum in float32, rounded once to the weight's type, without a copy of the weight in float32."""
+    full = delta.full().to(weight.device, torch.float32)
+    return torch.add(weight, full, out=torch.empty_like(weight))
 
 
 def point(parameters: Mapping[str, Tensor], at: Mapping[str, Tensor]) -> None:
