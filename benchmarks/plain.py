@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from factpatch.edits import Edit
 from factpatch.lm import LM
-from factpatch.lm.run import Chooser, greedy
 from factpatch.lm.tokens import Encoded
+from factpatch.lm.writing import Chooser, greedy
 from factpatch.methods.values import ValueConfig
 
 Metrics = Sequence[Tensor]

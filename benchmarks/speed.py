@@ -38,8 +38,8 @@ from factpatch.edits import Edit, Probe
 from factpatch.errors import CannotEdit, TokenizerError
 from factpatch.files import whole_file
 from factpatch.lm import LM, load
-from factpatch.lm.run import Sampler, generate
 from factpatch.lm.sentences import first_sentence, has_ended
+from factpatch.lm.writing import Sampler, generate
 from factpatch.methods import create
 from factpatch.methods.keys import context_prefixes
 from factpatch.methods.memit import MemitConfig

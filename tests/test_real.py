@@ -11,7 +11,7 @@ import factpatch as fp
 from factpatch.cli.app import app
 from factpatch.lm.fetch import is_fetched
 from factpatch.lm.model import checksum
-from factpatch.lm.run import predict
+from factpatch.lm.predictions import predict
 from factpatch.methods import find, names
 from factpatch.scoring import Scorer
 from factpatch.scoring.metrics import begins_with, contains

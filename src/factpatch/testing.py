@@ -32,7 +32,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from factpatch.edits import KINDS, Edit, Probe
 from factpatch.errors import AnatomyError, BadConfig, CannotEdit, WrongBase
 from factpatch.lm import LM
-from factpatch.lm.run import Batch, Places, generate, logits_at, predict
+from factpatch.lm.batches import Batch, Places
+from factpatch.lm.predictions import predict
+from factpatch.lm.run import logits_at
+from factpatch.lm.writing import generate
 from factpatch.methods import Method
 from factpatch.patches import Patch
 

@@ -21,8 +21,9 @@ from factpatch.analysis.attacks.relearning import Relearning, Study, steps_to_le
 from factpatch.analysis.audit_facts import prepare
 from factpatch.edits import Probe
 from factpatch.errors import BadConfig
+from factpatch.lm.batches import Batch, Places
 from factpatch.lm.hooks import replacing_output
-from factpatch.lm.run import Batch, Places, logits_at
+from factpatch.lm.run import logits_at
 from factpatch.progress import silent
 from factpatch.scoring.metrics import normalise
 from factpatch.testing import Snapshot, tiny_edits, tiny_lm

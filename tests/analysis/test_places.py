@@ -35,7 +35,8 @@ from factpatch.analysis.tracing import ROLES, average, trace
 from factpatch.edits import Edit
 from factpatch.errors import BadFile, BadRecord, CannotEdit
 from factpatch.lm import LM
-from factpatch.lm.run import Batch, input_of
+from factpatch.lm.batches import Batch
+from factpatch.lm.run import input_of
 from factpatch.methods import create
 from factpatch.methods.base import Config, Method, Traits
 from factpatch.methods.kn import attributions

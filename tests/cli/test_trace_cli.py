@@ -10,7 +10,8 @@ import torch
 from factpatch.analysis.facts import Fact
 from factpatch.analysis.tracing import ROLES, Trace, average, trace
 from factpatch.lm import load
-from factpatch.lm.run import Batch, input_of
+from factpatch.lm.batches import Batch
+from factpatch.lm.run import input_of
 from factpatch.report.traces import average_map, average_rows, shown_token, trace_map, trace_rows
 from factpatch.testing import tiny_lm
 from tests.cli.conftest import run

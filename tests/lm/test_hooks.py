@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from factpatch.lm.batches import Batch, Places
 from factpatch.lm.hooks import reading, recording, replacing_input, replacing_output, resuming, until
-from factpatch.lm.run import Batch, Places, UpperRun, input_of, logits_at
+from factpatch.lm.run import UpperRun, input_of, logits_at
 from factpatch.testing import ARCHITECTURES, Snapshot, logits_of, tiny_lm
 
 TEXTS = ["Rome lies in Peru", "A", "Where, then, does Oslo lie?"]

@@ -5,8 +5,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer, StaticCache
 
+from factpatch.lm.batches import Batch, Places
 from factpatch.lm.kv import Roomy, adding_to, begun, roomy
-from factpatch.lm.run import Batch, Places, UpperRun
+from factpatch.lm.run import UpperRun
 from factpatch.testing import ARCHITECTURES, tiny_lm
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from factpatch.errors import WrongBase
-from factpatch.lm.run import Sampler, generate, predict
+from factpatch.lm.predictions import predict
+from factpatch.lm.writing import Sampler, generate
 from factpatch.methods import create
 from factpatch.scoring import Scorer
 from factpatch.testing import Snapshot, quick_settings, tiny_edits, tiny_lm

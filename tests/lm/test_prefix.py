@@ -9,11 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from factpatch.lm import run
+from factpatch.lm import batches, prefix, writing
 from factpatch.lm.hooks import reading
+from factpatch.lm.predictions import predict, target_logprobs
 from factpatch.lm.prefix import Shared, shared_prefixes
-from factpatch.lm.run import Noting, Sampler, generate, predict, target_logprobs
 from factpatch.lm.tokens import Encoded
+from factpatch.lm.writing import Noting, Sampler, generate
 from factpatch.methods import create
 from factpatch.testing import ARCHITECTURES, Snapshot, quick_settings, tiny_edits, tiny_lm
 
@@ -42,7 +43,7 @@ def unshared(monkeypatch):
 
     def plain(do):
         with monkeypatch.context() as patch:
-            patch.setattr(run, "_can_share", lambda _: False)
+            patch.setattr(prefix, "can_share", lambda _: False)
             return do()
 
     return plain
@@ -85,15 +86,15 @@ def test_shared_prefixes_change_no_prediction(architecture, unshared, passed):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_shared_prefixes_change_nothing_that_is_written(architecture, budget, unshared, monkeypatch):
     lm = tiny_lm(architecture)
-    monkeypatch.setattr(run, "ONE_PASS", 0)
+    monkeypatch.setattr(prefix, "ONE_PASS", 0)
     before = Snapshot.of(lm)
 
     def written(choose):
         return generate(lm, PROMPTS, max_new=6, choose=choose)
 
-    expected = unshared(lambda: (written(run.greedy), written(Sampler(seed=2, top_k=20))))
-    monkeypatch.setattr(run, "BATCH_TOKENS", budget)
-    assert (written(run.greedy), written(Sampler(seed=2, top_k=20))) == expected
+    expected = unshared(lambda: (written(writing.greedy), written(Sampler(seed=2, top_k=20))))
+    monkeypatch.setattr(batches, "BATCH_TOKENS", budget)
+    assert (written(writing.greedy), written(Sampler(seed=2, top_k=20))) == expected
     assert before.differences(lm) == []
 
 
@@ -166,8 +167,8 @@ def test_the_budget_bounds_a_batch_with_its_keys_and_values(monkeypatch, budget)
         sizes.extend(layer._rooms[0].shape[0:3:2] for layer in layers if layer._rooms)
         return forward(*args, **kwargs)
 
-    monkeypatch.setattr(run, "ONE_PASS", 0)
-    monkeypatch.setattr(run, "BATCH_TOKENS", budget)
+    monkeypatch.setattr(prefix, "ONE_PASS", 0)
+    monkeypatch.setattr(batches, "BATCH_TOKENS", budget)
     monkeypatch.setattr(lm.model, "forward", seeing)
     predict(lm, TEXTS)
     generate(lm, PROMPTS, max_new=5)
@@ -265,9 +266,9 @@ def test_hooks_see_all_columns(passed):
 @pytest.mark.parametrize("kind", ["dynamic", "longrope", {"full_attention": "default", "sliding_attention": "dynamic"}])
 def test_nothing_is_shared_where_angles_depend_on_the_length_of_the_text(kind, monkeypatch):
     lm = tiny_lm()
-    assert run._can_share(lm)
+    assert prefix.can_share(lm)
     monkeypatch.setattr(lm.model.model.rotary_emb, "rope_type", kind)
-    assert not run._can_share(lm)
+    assert not prefix.can_share(lm)
 
 
 @pytest.mark.parametrize("cache", ["another kind", "left empty"])
@@ -281,7 +282,8 @@ def test_a_model_whose_cache_cannot_be_gone_on_from_reads_whole_texts(cache, uns
         return forward(*args, **kwargs | {"past_key_values": None})
 
     if cache == "another kind":
-        monkeypatch.setattr(run, "roomy", lambda *_: None)
+        monkeypatch.setattr(prefix, "roomy", lambda *_: None)
+        monkeypatch.setattr(writing, "roomy", lambda *_: None)
         assert generate(lm, PROMPTS, max_new=5) == unshared(lambda: generate(lm, PROMPTS, max_new=5))
     else:
         monkeypatch.setattr(lm.model, "forward", forgetful)

@@ -9,21 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from factpatch.errors import TokenizerError
-from factpatch.lm import run
+from factpatch.lm import batches, writing
+from factpatch.lm.batches import Batch, Places, length_batches
 from factpatch.lm.hooks import reading, replacing_input, replacing_output
-from factpatch.lm.run import (
-    Batch,
-    Places,
-    Sampler,
-    UpperRun,
-    can_resume,
-    evaluating,
-    generate,
-    input_of,
-    length_batches,
-    logits_at,
-    predict,
-)
+from factpatch.lm.predictions import predict
+from factpatch.lm.run import UpperRun, can_resume, evaluating, input_of, logits_at
+from factpatch.lm.writing import Sampler, generate
 from factpatch.testing import ARCHITECTURES, Snapshot, logits_of, tiny_lm
 
 PROMPTS = ["Rome lies in", "A", "Where, then, does Oslo lie? Far up in", "One more"]
@@ -209,7 +200,7 @@ def test_order_and_batch_budget_do_not_matter(monkeypatch, budget):
     prompts = [lm.tokens.encode(prompt).ids for prompt in PROMPTS]
     expected, written = predict(lm, texts(lm)), generate(lm, prompts, max_new=6)
     sampled = generate(lm, prompts, max_new=6, choose=Sampler(seed=1, top_k=9))
-    monkeypatch.setattr(run, "BATCH_TOKENS", budget)
+    monkeypatch.setattr(batches, "BATCH_TOKENS", budget)
     for order in ([0, 1, 2, 3], [3, 1, 0, 2], [2, 3, 1, 0]):
         found = predict(lm, [texts(lm)[i] for i in order])
         for i, prediction in zip(order, found, strict=True):
@@ -222,7 +213,7 @@ def test_order_and_batch_budget_do_not_matter(monkeypatch, budget):
 
 def test_the_budget_bounds_what_the_model_sees_at_once(monkeypatch):
     lm = tiny_lm()
-    monkeypatch.setattr(run, "BATCH_TOKENS", 40)
+    monkeypatch.setattr(batches, "BATCH_TOKENS", 40)
     sizes = []
     with reading(lm.anatomy.embedding, lambda ids, _: sizes.append(ids.numel())):
         predict(lm, texts(lm))
@@ -428,8 +419,8 @@ def test_answers_that_outlast_their_batch_go_on_among_others(monkeypatch, archit
     lm, source = tiny_lm(architecture), random.Random(1)
     prompts = [(256, *(source.randrange(256) for _ in range(n))) for n in (3, 4, 5, 5, 6, 7, 7, 8) * 3]
     expected, stop = ending(lm, prompts)
-    monkeypatch.setattr(run, "BATCH_TOKENS", 8 * 24)
-    monkeypatch.setattr(run, "_ENOUGH", 4)
+    monkeypatch.setattr(batches, "BATCH_TOKENS", 8 * 24)
+    monkeypatch.setattr(writing, "_ENOUGH", 4)
     sizes = []
     with reading(lm.anatomy.head, lambda hidden, _: sizes.append(len(hidden))):
         assert generate(lm, prompts, max_new=40, stop=stop) == expected

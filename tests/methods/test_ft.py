@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from factpatch.errors import BadConfig, CannotEdit
-from factpatch.lm.run import predict
+from factpatch.lm.predictions import predict
 from factpatch.methods import create, ft
 from factpatch.methods.ft import FtConfig, FtM
 from factpatch.methods.rome import RomeConfig

@@ -7,7 +7,10 @@ from hypothesis import strategies as st
 
 from factpatch.edits import Edit
 from factpatch.errors import BadPatch, WrongBase
-from factpatch.lm.run import Batch, generate, input_of, predict
+from factpatch.lm.batches import Batch
+from factpatch.lm.predictions import predict
+from factpatch.lm.run import input_of
+from factpatch.lm.writing import generate
 from factpatch.methods import create
 from factpatch.patches import Patch, Provenance
 from factpatch.patches.codebook import UNMOVED, CodebookPatch, nearest, radii

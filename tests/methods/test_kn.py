@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from factpatch.lm.batches import Batch, Places
 from factpatch.lm.hooks import replacing_input
-from factpatch.lm.run import Batch, Places, input_of, logits_at
+from factpatch.lm.run import input_of, logits_at
 from factpatch.methods import create
 from factpatch.methods.keys import context_prefixes
 from factpatch.methods.kn import attributions

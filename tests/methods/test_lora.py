@@ -5,7 +5,7 @@ import torch
 from peft import PeftModel
 
 from factpatch.errors import BadPatch, MissingExtra, WrongBase
-from factpatch.lm.run import predict
+from factpatch.lm.predictions import predict
 from factpatch.methods import create
 from factpatch.patches import Patch, adapter
 from factpatch.testing import Snapshot, logits_of, tiny_edits, tiny_lm

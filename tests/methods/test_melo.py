@@ -5,7 +5,8 @@ import torch
 
 from factpatch.edits import Edit
 from factpatch.errors import BadConfig, BadPatch
-from factpatch.lm.run import Batch, Places, logits_at
+from factpatch.lm.batches import Batch, Places
+from factpatch.lm.run import logits_at
 from factpatch.methods import create
 from factpatch.methods.placing import spacing
 from factpatch.patches import Patch, WeightPatch

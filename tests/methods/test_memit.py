@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from factpatch.errors import BadConfig
-from factpatch.lm.run import Batch, input_of
+from factpatch.lm.batches import Batch
+from factpatch.lm.run import input_of
 from factpatch.methods import create
 from factpatch.methods.keys import context_keys, context_prefixes
 from factpatch.methods.moments import MomentConfig, factorised, least_used, second_moment

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from factpatch.lm.run import Batch
+from factpatch.lm.batches import Batch
 from factpatch.methods import create
 from factpatch.methods.gradients import Gradients, gradients
 from factpatch.methods.hypernetwork import HyperNetwork

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from factpatch.errors import AnatomyError, OutputError
 from factpatch.lm.cache import Unfinished
-from factpatch.lm.run import generate
+from factpatch.lm.writing import generate
 from factpatch.methods import create, moments
 from factpatch.methods.moments import (
     MomentConfig,
@@ -60,7 +60,7 @@ def config(monkeypatch, tmp_path):
     """A corpus of texts of many lengths, in eight batches."""
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("\n\n".join(f"Text {n} is {'rather ' * (n % 5)}short." for n in range(20)), encoding="utf-8")
-    monkeypatch.setattr("factpatch.lm.run.BATCH_TOKENS", 90)
+    monkeypatch.setattr("factpatch.lm.batches.BATCH_TOKENS", 90)
     return MomentConfig(corpus=str(corpus), moment_tokens=600, moment_length=30)
 
 
@@ -210,12 +210,12 @@ def test_a_process_that_is_killed_for_real_leaves_what_the_next_goes_on_with(con
     folder = cache("killed")
     script = f"""
         import os, signal, torch
-        from factpatch.lm import run
+        from factpatch.lm import batches
         from factpatch.methods import moments
         from factpatch.progress import silent
         from factpatch.testing import tiny_lm
         torch.set_num_threads(1)
-        run.BATCH_TOKENS, moments._KEEP_EVERY = 90, 0.0
+        batches.BATCH_TOKENS, moments._KEEP_EVERY = 90, 0.0
         moments.monotonic = lambda: 0.0
         def die(doing, done, total):
             if done > total / 2:
@@ -272,7 +272,7 @@ def test_damaged_sums_are_ignored(keep, config, cache, monkeypatch):
 def test_sums_over_other_batches_are_ignored(config, cache, monkeypatch):
     lm = tiny_lm()
     stop(monkeypatch, lm, config, [0], after=4)
-    monkeypatch.setattr("factpatch.lm.run.BATCH_TOKENS", 200)
+    monkeypatch.setattr("factpatch.lm.batches.BATCH_TOKENS", 200)
     found = second_moment(lm, 0, config, silent)
     cache("other")
     assert torch.equal(second_moment(lm, 0, config, silent), found)

@@ -5,7 +5,7 @@ import torch
 
 from factpatch.errors import BadPatch, WrongBase
 from factpatch.lm.hooks import reading
-from factpatch.lm.run import predict
+from factpatch.lm.predictions import predict
 from factpatch.methods import create
 from factpatch.patches import Patch, Provenance
 from factpatch.patches.neurons import NeuronPatch, fired

@@ -7,7 +7,9 @@ import torch
 from transformers.activations import ACT2FN
 
 from factpatch.errors import BadPatch, WrongBase
-from factpatch.lm.run import Batch, input_of, output_of, predict
+from factpatch.lm.batches import Batch
+from factpatch.lm.predictions import predict
+from factpatch.lm.run import input_of, output_of
 from factpatch.methods import create
 from factpatch.methods.wise import WiseConfig, margin_loss, ties
 from factpatch.patches import Patch, WeightPatch
@@ -171,7 +173,8 @@ def test_edits_succeed_and_raise_their_activation():
     ids, n = plain.encode(lm, edit.prompt, edit.target)
     with lm.patched(patch):
         batch = Batch.of([ids[0].tolist()], lm.device, prompts=[n])
-        from factpatch.lm.run import Places, logits_at
+        from factpatch.lm.batches import Places
+        from factpatch.lm.run import logits_at
 
         rows = logits_at(lm, batch, Places.of([range(n - 1, ids.shape[1] - 1)], lm.device)).log_softmax(-1)
     after = -rows.gather(1, ids[0, n:, None]).mean().item()

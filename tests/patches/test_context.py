@@ -95,7 +95,7 @@ def test_a_chat_holds_the_notes_in_what_the_user_says():
 def test_the_scorer_asks_through_the_notes(lm):
     with lm.patched(make(lm)):
         given = [text.ids for text in lm.encode([edit.prompt for edit in tiny_edits()])]
-    from factpatch.lm.run import predict
+    from factpatch.lm.predictions import predict
 
     card = Scorer(lm, protocols=["survey"], fluency=False).score(tiny_edits()[:1], make(lm))
     with lm.patched(make(lm)):

@@ -7,7 +7,7 @@ import torch
 
 from factpatch.errors import BadPatch, WrongBase
 from factpatch.lm.encoder import sentence_encoder
-from factpatch.lm.run import predict
+from factpatch.lm.predictions import predict
 from factpatch.patches import LowRank, Patch, Provenance, WeightPatch
 from factpatch.patches.context import ContextPatch, Note, Recall
 from factpatch.patches.routed import RoutedPatch, Scope

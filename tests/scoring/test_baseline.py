@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from factpatch.edits import Edit, Probe
-from factpatch.lm import LM, RemoteLM, run
+from factpatch.lm import LM, RemoteLM, predictions, prefix, run, writing
 from factpatch.lm.hooks import reading
 from factpatch.methods import create
 from factpatch.scoring import PROTOCOLS, Scorer, baseline
@@ -75,9 +75,14 @@ def patch(lm):
 def passes(monkeypatch):
     """A list that grows with each pass through any model."""
     seen = []
-    for name in ("_forward", "_forward_on"):
-        pass_ = getattr(run, name)
-        monkeypatch.setattr(run, name, lambda *args, pass_=pass_: (seen.append(1), pass_(*args))[1])
+    for module, name in (
+        (run, "forward"),
+        (predictions, "forward_on"),
+        (prefix, "forward_on"),
+        (writing, "forward_on"),
+    ):
+        pass_ = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, pass_=pass_: (seen.append(1), pass_(*args))[1])
     return seen
 
 

@@ -9,7 +9,7 @@ from factpatch.data.questions import guard_questions, guard_texts, read_question
 from factpatch.edits import Probe
 from factpatch.errors import BadFile, BadRecord
 from factpatch.lm.base import BaseLM
-from factpatch.lm.run import Prediction
+from factpatch.lm.predictions import Prediction
 from factpatch.methods import create
 from factpatch.scoring import guard, run_guard
 from factpatch.scoring.guard import ANSWER_TOKENS, perplexity

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from factpatch.cli.app import app
 from factpatch.errors import BadConfig, TokenizerError
-from factpatch.lm.run import predict
+from factpatch.lm.predictions import predict
 from factpatch.methods import create
 from factpatch.testing import Snapshot, tiny_edits, tiny_lm
 from tests.cli.conftest import model  # noqa: F401

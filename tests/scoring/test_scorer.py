@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from factpatch.edits import Edit, LabelledProbe, Probe
+from factpatch.lm.batches import Batch, Places
 from factpatch.lm.hooks import reading
-from factpatch.lm.run import Batch, Places, logits_at
+from factpatch.lm.run import logits_at
 from factpatch.methods import create
 from factpatch.scoring import PROTOCOLS, ProbeScore, Scorecard, Scorer
 from factpatch.scoring.metrics import same_answer
@@ -41,7 +42,7 @@ def test_batch_size_and_order_do_not_change_a_score(architecture, monkeypatch):
     assert scores(Scorer(lm).score(edits[::-1], patch)) == card
     single = [scores(Scorer(lm).score([edit], patch)) for edit in edits]
     assert {k: v for part in single for k, v in part.items()} == card
-    monkeypatch.setattr("factpatch.lm.run.BATCH_TOKENS", 1)
+    monkeypatch.setattr("factpatch.lm.batches.BATCH_TOKENS", 1)
     assert scores(Scorer(lm).score(edits, patch)) == card
 
 

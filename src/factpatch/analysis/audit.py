@@ -21,7 +21,7 @@ from factpatch.analysis.audit_result import AttackInfo, Audit, Choice, Laid, Lea
 from factpatch.edits import Edit, Probe
 from factpatch.errors import BadConfig
 from factpatch.lm import LM
-from factpatch.lm.run import predict
+from factpatch.lm.predictions import predict
 from factpatch.patches import Patch
 from factpatch.progress import Progress, part, silent
 from factpatch.scoring.metrics import contains, normalise

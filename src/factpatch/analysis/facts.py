@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from factpatch.edits import Edit
 from factpatch.lm import LM
-from factpatch.lm.run import predict
+from factpatch.lm.predictions import predict
 
 __all__ = ["Fact", "known_facts"]
 

@@ -67,9 +67,11 @@ from factpatch.analysis.tracing import ROLES, Part, average, trace_all
 from factpatch.edits import Edit, Texts, first_problem
 from factpatch.errors import BadFile, BadRecord, CannotEdit
 from factpatch.lm import LM
+from factpatch.lm.batches import Batch, by_rows
+from factpatch.lm.batches import Places as Positions
 from factpatch.lm.hooks import reading
-from factpatch.lm.run import Batch, by_rows, logits_at, predict
-from factpatch.lm.run import Places as Positions
+from factpatch.lm.predictions import predict
+from factpatch.lm.run import logits_at
 from factpatch.methods import Method
 from factpatch.methods.kn import attributions
 from factpatch.patches import Patch, WeightPatch

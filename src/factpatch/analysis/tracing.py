@@ -26,9 +26,10 @@ from factpatch.analysis.facts import Fact
 from factpatch.data import read
 from factpatch.errors import AnatomyError, BadConfig
 from factpatch.lm import LM
+from factpatch.lm.batches import BATCH_TOKENS, Pass, by_rows, passing
 from factpatch.lm.hooks import reading, recording, replacing_input, replacing_output, resuming
 from factpatch.lm.kv import begun, roomy
-from factpatch.lm.run import BATCH_TOKENS, Pass, by_rows, can_resume, evaluating, passing
+from factpatch.lm.run import can_resume, evaluating
 from factpatch.lm.tokens import Encoded
 from factpatch.progress import Progress, silent
 from factpatch.progress import part as part_of

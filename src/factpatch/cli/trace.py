@@ -137,7 +137,7 @@ def _said(lm: LM, prompt: str) -> str:
 
 
 def _says(lm: LM, fact: Fact) -> bool:
-    from factpatch.lm.run import predict
+    from factpatch.lm.predictions import predict
 
     (found,) = predict(lm, lm.encode([fact.prompt], [fact.answer]))
     return found.best[0] == found.target[0]

@@ -16,7 +16,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from factpatch.lm.base import Attachable, BaseLM
-from factpatch.lm.run import Pass, current_pass, passing
+from factpatch.lm.batches import Pass, current_pass, passing
 
 __all__ = ["Lane", "laid"]
 

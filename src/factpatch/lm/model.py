@@ -17,9 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from factpatch.lm.anatomy import find_anatomy
 from factpatch.lm.base import Attachable, BaseLM
 from factpatch.lm.lanes import Lane, laid
-from factpatch.lm.run import Chooser, generate, greedy
 from factpatch.lm.sentences import first_sentence, has_ended
 from factpatch.lm.tokens import Encoded, Tokens
+from factpatch.lm.writing import Chooser, generate, greedy
 
 __all__ = ["LM", "checksum", "fingerprint", "raw_bytes"]
 

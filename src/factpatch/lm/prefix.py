@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-__all__ = ["ONE_PASS", "Shared", "shared_prefixes"]
+import torch
+from transformers import DynamicCache
+
+from factpatch.lm.batches import Batch, Pass, Places, length_batches, passing
+from factpatch.lm.kv import begun, roomy
+from factpatch.lm.run import Runnable, can_resume, evaluating, forward_on, only_at
+
+__all__ = ["ONE_PASS", "Known", "Shared", "can_share", "shared_batches", "shared_prefixes"]
 
 ONE_PASS = 32
 """What a forward pass costs however little is in it, in tokens: to read the weights takes as long as to compute with them."""
@@ -70,3 +77,88 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
     unlike = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
     length = next(unlike, min(len(one), len(other)))
     return length if length >= _LEAST else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """Keys and values of prefixes, and how a batch of texts begins with them.
+
+    prefixes  a row for each prefix
+    whose     the prefix of each text
+    last      how many columns at the end of the batch, which is padded on the left, must run
+    """
+
+    prefixes: DynamicCache
+    whose: tuple[int, ...]
+    last: int
+
+    def past(self, batch: Batch, more: int = 0) -> tuple[int, DynamicCache]:
+        """How many columns of the batch need not run, and their keys and values, with room for all columns and more.
+
+        Texts end in one column, so one with less after its prefix than another runs the end of the prefix again.
+        """
+        width = batch.ids.shape[1]
+        since, starts = width - self.last, (width - batch.mask.sum(-1)).tolist()
+        return since, begun(self.prefixes, list(zip(self.whose, starts, strict=True)), since, width + more)
+
+
+def shared_batches(
+    lm: Runnable, texts: Sequence[Sequence[int]], prompts: Sequence[int], more: int = 0
+) -> Iterator[tuple[list[int], Known | None]]:
+    """Batches of texts by index, and what is known of each before it runs.
+
+    prompts  how many tokens of each text stand before all that is read; the last of these is never taken as known
+    more     how many tokens will be written after each
+
+    Beside a batch, the keys and values of some prefixes are held, as many as a batch may hold.
+    """
+    lengths = [len(text) + more for text in texts]
+    groups = shared_prefixes([text[: prompt - 1] for text, prompt in zip(texts, prompts, strict=True)])
+    alone = sorted({*range(len(texts))}.difference(*(group.texts for group in groups)))
+    # Texts that share nothing lose those that do from their batches: at worst there is one more, with all its passes.
+    lost = ONE_PASS * more if alone else 0
+    if not groups or sum(group.gain for group in groups) < lost or not can_share(lm):
+        groups, alone = [], list(range(len(texts)))
+    for bundle in length_batches([group.length for group in groups]):
+        own = [groups[i] for i in bundle]
+        prefixes = _read_prefixes(lm, [texts[group.texts[0]][: group.length] for group in own])
+        if prefixes is None:
+            alone += [i for group in own for i in group.texts]
+            continue
+        yield from _batches_of(own, prefixes, lengths, more)
+    for batch in length_batches([lengths[i] for i in alone]):
+        yield [alone[i] for i in batch], None
+
+
+def _batches_of(
+    groups: Sequence[Shared], prefixes: DynamicCache, lengths: Sequence[int], more: int
+) -> Iterator[tuple[list[int], Known]]:
+    """Batches of the texts of all these groups, sorted by how much of them is left to run."""
+    texts = [(i, whose, lengths[i] - more - group.length) for whose, group in enumerate(groups) for i in group.texts]
+    for batch in length_batches([left for _, _, left in texts], widths=[lengths[i] for i, _, _ in texts]):
+        indices, whose, left = zip(*(texts[i] for i in batch), strict=True)
+        yield list(indices), Known(prefixes, whose, max(left))
+
+
+@torch.no_grad()
+def _read_prefixes(lm: Runnable, prefixes: Sequence[Sequence[int]]) -> DynamicCache | None:
+    """Keys and values of all blocks; None if the model does not keep all it knows of a text in such a cache."""
+    batch = Batch.of(prefixes, lm.device)
+    cache = roomy(lm.model, batch.ids.shape[1])
+    if cache is None:
+        return None
+    with evaluating(lm.model), only_at(lm, Places.of([[]], lm.device)), passing(Pass(batch.mask, batch.ends)):
+        forward_on(lm, batch.ids, batch.mask, cache)
+    is_read = all(cache.get_seq_length(i) == batch.ids.shape[1] for i in range(len(cache.layers)))
+    return cache if is_read else None
+
+
+def can_share(lm: Runnable) -> bool:
+    """Whether a prefix is read alike whatever follows.
+
+    Hooks may see to it that it is not, on any lane; without any, all lanes read alike. Nor is it where a model stretches its
+    rotary angles with the length of the text.
+    """
+    kinds = [getattr(module, "rope_type", None) for module in lm.model.modules()]
+    flat = {kind for own in kinds for kind in (own.values() if isinstance(own, dict) else [own])}
+    return can_resume(lm) and not flat & {"dynamic", "longrope"}

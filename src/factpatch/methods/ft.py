@@ -19,8 +19,8 @@ from torch import Tensor
 
 from factpatch.edits import Edit
 from factpatch.lm import LM
+from factpatch.lm.batches import length_batches
 from factpatch.lm.hooks import replacing_output
-from factpatch.lm.run import length_batches
 from factpatch.methods.base import Config, Method, Preset, Traits, in_own_order
 from factpatch.methods.needs import Change, Held, Needs, Stage, kept_tokens, predictions
 from factpatch.methods.targets import TargetBatch, constant_weights, with_targets

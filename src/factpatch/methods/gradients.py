@@ -16,8 +16,8 @@ from torch import Tensor
 from factpatch.edits import Edit
 from factpatch.lm import LM
 from factpatch.lm.anatomy import Projection
+from factpatch.lm.batches import Places, length_batches
 from factpatch.lm.hooks import replacing_output
-from factpatch.lm.run import Places, length_batches
 from factpatch.methods.targets import TargetBatch, tokens_at_once, with_targets
 from factpatch.progress import Progress, silent
 

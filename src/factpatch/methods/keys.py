@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from factpatch.edits import Edit
 from factpatch.lm import LM
-from factpatch.lm.run import Batch, Sampler, generate, input_of, length_batches, output_of
+from factpatch.lm.batches import Batch, length_batches
+from factpatch.lm.run import input_of, output_of
 from factpatch.lm.tokens import Encoded
+from factpatch.lm.writing import Sampler, generate
 
 __all__ = ["at_subject", "context_keys", "context_prefixes", "subject_outputs", "subject_texts"]
 

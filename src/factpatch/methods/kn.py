@@ -18,8 +18,9 @@ from torch import Tensor
 from factpatch.edits import Edit
 from factpatch.lm import LM
 from factpatch.lm.anatomy import Projection
+from factpatch.lm.batches import Batch, Places, by_rows
 from factpatch.lm.hooks import reading, replacing_input
-from factpatch.lm.run import Batch, Places, UpperRun, by_rows, can_resume, logits_at
+from factpatch.lm.run import UpperRun, can_resume, logits_at
 from factpatch.methods.base import Config, Layers, Method, Preset, Traits
 from factpatch.methods.keys import context_prefixes
 from factpatch.patches import LowRank, WeightPatch

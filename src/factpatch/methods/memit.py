@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from factpatch.edits import Edit
 from factpatch.lm import LM
 from factpatch.lm.anatomy import Projection
-from factpatch.lm.run import BATCH_TOKENS
+from factpatch.lm.batches import BATCH_TOKENS
 from factpatch.methods.base import Layers, Method, Preset, Traits
 from factpatch.methods.insertion import insert
 from factpatch.methods.keys import context_keys, context_prefixes, subject_outputs

@@ -30,9 +30,11 @@ from factpatch.errors import BadConfig, OutputError, SingularMoment
 from factpatch.files import cache_root
 from factpatch.lm import LM
 from factpatch.lm.anatomy import Projection
+from factpatch.lm.batches import BATCH_TOKENS, Batch, by_rows, length_batches
 from factpatch.lm.cache import Unfinished, cached_each, cached_tensors
 from factpatch.lm.hooks import reading
-from factpatch.lm.run import BATCH_TOKENS, Batch, Sampler, by_rows, generate, input_of, length_batches
+from factpatch.lm.run import input_of
+from factpatch.lm.writing import Sampler, generate
 from factpatch.methods.base import Config
 from factpatch.methods.needs import Held, Preparation, Stage, kept_keys, widest_pass
 from factpatch.progress import Progress

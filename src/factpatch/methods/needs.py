@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from factpatch.edits import Edit
 from factpatch.lm import LM
 from factpatch.lm.anatomy import Projection
-from factpatch.lm.run import length_batches
+from factpatch.lm.batches import length_batches
 from factpatch.methods.targets import tokens_at_once, with_targets
 
 __all__ = [

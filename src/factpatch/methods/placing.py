@@ -13,7 +13,8 @@ from torch import Tensor
 from factpatch.edits import Edit
 from factpatch.lm import LM
 from factpatch.lm.anatomy import Projection
-from factpatch.lm.run import Batch, input_of
+from factpatch.lm.batches import Batch
+from factpatch.lm.run import input_of
 from factpatch.methods.keys import context_prefixes
 from factpatch.patches.codebook import UNMOVED, Codebook, nearest, radii
 

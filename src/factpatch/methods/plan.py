@@ -29,9 +29,9 @@ from factpatch.edits import Edit, Probe
 from factpatch.errors import UnknownModel
 from factpatch.files import cache_root
 from factpatch.lm import LM
+from factpatch.lm.batches import BATCH_TOKENS
 from factpatch.lm.fetch import without_bars
 from factpatch.lm.load import DTypeName, find_checkpoint, find_device
-from factpatch.lm.run import BATCH_TOKENS
 from factpatch.methods.base import Method
 from factpatch.methods.needs import Change, Held, Preparation, Stage, kept_keys, widest_pass
 from factpatch.progress import Progress, silent

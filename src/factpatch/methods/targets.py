@@ -13,7 +13,8 @@ from torch.autograd.function import once_differentiable
 
 from factpatch.edits import Edit
 from factpatch.lm import LM
-from factpatch.lm.run import BATCH_TOKENS, Batch, Places, UpperRun
+from factpatch.lm.batches import BATCH_TOKENS, Batch, Places
+from factpatch.lm.run import UpperRun
 from factpatch.lm.tokens import Encoded
 
 __all__ = ["TargetBatch", "constant_weights", "cross_entropy", "tokens_at_once", "with_targets"]

@@ -17,8 +17,9 @@ from torch import Tensor
 from factpatch.edits import Edit
 from factpatch.lm import LM
 from factpatch.lm.anatomy import Projection
+from factpatch.lm.batches import Batch
 from factpatch.lm.hooks import reading, replacing_output
-from factpatch.lm.run import Batch, input_of
+from factpatch.lm.run import input_of
 from factpatch.methods.base import Config, Method, Preset, Traits
 from factpatch.methods.keys import context_prefixes
 from factpatch.methods.targets import TargetBatch, with_targets

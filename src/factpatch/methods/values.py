@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from factpatch.edits import Edit
 from factpatch.lm import LM
+from factpatch.lm.batches import Batch, Places, length_batches
 from factpatch.lm.hooks import reading, replacing_output
-from factpatch.lm.run import Batch, Places, UpperRun, can_resume, length_batches
+from factpatch.lm.run import UpperRun, can_resume
 from factpatch.lm.tokens import Encoded
 from factpatch.methods.base import Config
 from factpatch.methods.keys import subject_texts

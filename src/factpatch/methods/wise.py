@@ -19,8 +19,9 @@ from factpatch.data import read
 from factpatch.edits import Edit
 from factpatch.lm import LM
 from factpatch.lm.anatomy import Projection
+from factpatch.lm.batches import Batch
 from factpatch.lm.hooks import replacing_output
-from factpatch.lm.run import Batch, input_of, output_of
+from factpatch.lm.run import input_of, output_of
 from factpatch.methods.base import Config, Method, Preset, Traits
 from factpatch.methods.keys import context_prefixes
 from factpatch.methods.targets import TargetBatch

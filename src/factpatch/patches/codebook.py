@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from factpatch.errors import BadPatch, WrongBase
 from factpatch.lm import LM
-from factpatch.lm.run import by_rows, current_pass
+from factpatch.lm.batches import by_rows, current_pass
 from factpatch.patches.base import Patch, Provenance
 
 __all__ = ["UNMOVED", "Codebook", "CodebookPatch", "Nearest", "nearest", "radii"]

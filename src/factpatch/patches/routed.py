@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from factpatch.errors import BadPatch, WrongBase
 from factpatch.lm import LM, BaseLM
+from factpatch.lm.batches import Pass, by_rows, current_pass
 from factpatch.lm.encoder import sentence_encoder
 from factpatch.lm.hooks import replacing_output
 from factpatch.lm.model import raw_bytes
-from factpatch.lm.run import Pass, by_rows, current_pass
 from factpatch.patches.base import Provenance
 from factpatch.patches.context import ContextPatch, Note
 from factpatch.patches.delta import LowRank, tensors_of

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from factpatch.errors import BadPatch, WrongBase
 from factpatch.lm import LM
-from factpatch.lm.run import by_rows, current_pass
+from factpatch.lm.batches import by_rows, current_pass
 from factpatch.patches.base import Patch, Provenance
 from factpatch.patches.delta import Sparse, tensors_of
 

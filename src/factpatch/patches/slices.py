@@ -14,8 +14,8 @@ from torch.nn.functional import pad
 
 from factpatch.errors import BadPatch
 from factpatch.lm import LM
+from factpatch.lm.batches import by_rows, current_pass
 from factpatch.lm.hooks import reading, replacing_output
-from factpatch.lm.run import by_rows, current_pass
 from factpatch.patches.base import Provenance
 from factpatch.patches.codebook import Codebook
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from factpatch.data.questions import guard_questions, guard_texts
 from factpatch.edits import Probe
 from factpatch.lm import LM, Attachable, BaseLM
-from factpatch.lm.run import predict
+from factpatch.lm.predictions import predict
 from factpatch.progress import Progress, silent
 from factpatch.scoring.retained import Retained, retained
 

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 from factpatch.errors import BadConfig, MissingExtra, TokenizerError
 from factpatch.lm import LM
-from factpatch.lm.run import generate, predict
+from factpatch.lm.predictions import predict
 from factpatch.lm.tokens import Encoded
+from factpatch.lm.writing import generate
 
 try:
     from lm_eval import simple_evaluate

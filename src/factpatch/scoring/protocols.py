@@ -21,7 +21,8 @@ from torch import Tensor
 
 from factpatch.edits import Edit, LabelledProbe, Probe
 from factpatch.lm import LM, BaseLM
-from factpatch.lm.run import Noting, Prediction, predict, target_logprobs
+from factpatch.lm.predictions import Prediction, predict, target_logprobs
+from factpatch.lm.writing import Noting
 from factpatch.scoring.failures import FailureMode, failure_mode
 from factpatch.scoring.metrics import (
     agreement,

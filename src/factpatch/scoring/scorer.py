@@ -14,7 +14,7 @@ from typing import Any
 from factpatch.edits import Edit, LabelledProbe, Probe
 from factpatch.errors import BadConfig
 from factpatch.lm import LM, Attachable, BaseLM
-from factpatch.lm.run import Sampler, generate
+from factpatch.lm.writing import Sampler, generate
 from factpatch.progress import Progress, silent
 from factpatch.scoring.baseline import Baseline, Store, can_keep
 from factpatch.scoring.judge import Judge

@@ -10,7 +10,7 @@ from itertools import islice
 from factpatch.analysis.attacks.base import Attack, Candidate, Question, Setting, best
 from factpatch.edits import Probe
 from factpatch.lm import LM
-from factpatch.lm.run import Sampler
+from factpatch.lm.writing import Sampler
 from factpatch.progress import Progress
 
 __all__ = ["FewShot", "Greedy", "Languages", "Paraphrases", "Samples", "in_other_words"]

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from factpatch.analysis.attacks.base import Attack, Candidate, Question, Setting, best
 from factpatch.errors import AnatomyError
 from factpatch.lm import LM
+from factpatch.lm.batches import Batch, Places, by_rows, length_batches
 from factpatch.lm.hooks import reading
-from factpatch.lm.run import Batch, Places, by_rows, length_batches, logits_at
+from factpatch.lm.run import logits_at
 from factpatch.lm.tokens import Encoded
 from factpatch.progress import Progress
 

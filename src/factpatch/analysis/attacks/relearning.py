@@ -21,8 +21,8 @@ from factpatch.edits import Probe
 from factpatch.errors import AnatomyError
 from factpatch.lm import LM
 from factpatch.lm.anatomy import Projection
+from factpatch.lm.batches import by_rows
 from factpatch.lm.hooks import replacing_output
-from factpatch.lm.run import by_rows
 from factpatch.methods.targets import TargetBatch
 from factpatch.progress import Progress, silent
 
