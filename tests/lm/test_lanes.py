@@ -1,12 +1,16 @@
 """Stacks of patches side by side. That every kind of patch on every architecture may lie on a lane, the contract tests."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from factpatch.errors import WrongBase
+from factpatch.lm import model
 from factpatch.lm.predictions import predict
 from factpatch.lm.writing import Sampler, generate
 from factpatch.methods import create
+from factpatch.patches.delta import Dense
 from factpatch.scoring import Scorer
 from factpatch.testing import Snapshot, quick_settings, tiny_edits, tiny_lm
 from tests.cards import rows
@@ -175,3 +179,33 @@ def test_each_edit_scored_on_its_lane_has_the_card_it_has_alone(chat):
         assert rows(own) == rows(card)
         assert own.score_seconds > 0
     assert Scorer(lm).score_each([], []) == []
+
+
+def test_as_many_lie_side_by_side_as_have_room(monkeypatch):
+    lm = tiny_lm()
+    stacks, before = [*stacks_of_two(lm, "ft-m"), (fitted(lm, "grace", tiny_edits()[0]),), ()], Snapshot.of(lm)
+    size = lm.anatomy.mlp_out(1).matrix.nbytes
+    assert [*lm.abreast(stacks)] == [range(5)], "a small model has room for all"
+    monkeypatch.setattr(model, "ROOM_FOR_LANES", 0)
+    half = sum(parameter.nbytes for parameter in lm.model.parameters()) // 2
+    every = [stacks[0]] * (half // size + 2)
+    assert [*lm.abreast(every)] == [range(half // size), range(half // size, len(every))]
+    everywhere = fitted_everywhere(lm)
+    assert [*lm.abreast([everywhere, *stacks, everywhere])] == [range(1), range(1, 6), range(6, 7)]
+    assert [*lm.abreast([])] == []
+    assert before.differences(lm) == []
+
+
+def fitted_everywhere(lm):
+    """A patch that changes more than half of the model."""
+    (patch,) = stacks_of_two(lm, "ft-m")[0]
+    deltas = {name: Dense(torch.full_like(p, 1e-3)) for name, p in lm.model.named_parameters()}
+    return (replace(patch, deltas=deltas),)
+
+
+def test_scores_do_not_depend_on_how_many_lie_side_by_side(monkeypatch):
+    lm = tiny_lm()
+    stacks, groups = stacks_of_two(lm, "ft-m"), [[edit] for edit in (*tiny_edits(), tiny_edits()[1])]
+    together = Scorer(lm).score_each(groups, stacks)
+    monkeypatch.setattr(lm, "abreast", lambda stacks: (range(i, i + 1) for i in range(len(stacks))))
+    assert [rows(card) for card in Scorer(lm).score_each(groups, stacks)] == [rows(card) for card in together]

@@ -19,7 +19,7 @@ from factpatch.scoring import Scorecard, Scorer
 __all__ = ["ABREAST", "Failure", "Singles", "each_alone", "make", "score_singly"]
 
 ABREAST = 16
-"""How many patches are scored at once. Each lane holds a copy of the weights that its patch touches."""
+"""How many patches are scored at once, where there is room; see `LM.abreast`."""
 
 
 @dataclass(frozen=True, slots=True)

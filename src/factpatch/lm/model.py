@@ -23,6 +23,8 @@ from factpatch.lm.writing import Chooser, generate, greedy
 
 __all__ = ["LM", "checksum", "fingerprint", "raw_bytes"]
 
+ROOM_FOR_LANES = 1 << 31
+"""Bytes that copies of weights for patches side by side may take, however small the model; beside a great one half its size."""
 _CONFIG_NAMES = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
 """What a config holds that changes no activation, or is told otherwise."""
 
@@ -107,6 +109,28 @@ class LM(BaseLM):
                 yield
             finally:
                 self._lanes = kept
+
+    def abreast(self, stacks: Sequence[Sequence[Attachable]]) -> Iterator[range]:
+        """Which of these, in their order, may lie side by side: as many as have room for the weights they change.
+
+        One that takes more by itself is alone. Raises what laying the patches on raises.
+        """
+        room = max(ROOM_FOR_LANES, sum(parameter.nbytes for parameter in self.model.parameters()) // 2)
+        start, taken = 0, 0
+        for i, stack in enumerate(stacks):
+            own = self._copied(stack)
+            if i > start and taken + own > room:
+                yield range(start, i)
+                start, taken = i, 0
+            taken += own
+        if stacks:
+            yield range(start, len(stacks))
+
+    def _copied(self, stack: Sequence[Attachable]) -> int:
+        """Bytes of the weights that these patches put others in place of."""
+        before = {parameter: parameter.data_ptr() for parameter in self.model.parameters()}
+        with self.patched(*stack):
+            return sum(parameter.nbytes for parameter, was in before.items() if parameter.data_ptr() != was)
 
     def encode(
         self,

@@ -137,8 +137,8 @@ class Scorer:
     ) -> list[Scorecard]:
         """A scorecard for each group of edits under a stack of patches of its own: what `score` gives, in less time.
 
-        The stacks lie side by side on lanes of the model, which holds a copy of each weight that any of them touches; on a
-        model that can only be asked they take turns. The seconds of each card are its share of the whole, by its edits.
+        The stacks lie side by side on lanes of the model, which holds a copy of each weight that any of them touches, as many
+        as have room; on a model that can only be asked they take turns. The seconds of each card are its share of the whole, by its edits.
         """
         started = time.perf_counter()
         every = [edit for group in groups for edit in group]
@@ -148,10 +148,11 @@ class Scorer:
         if not isinstance(self.lm, LM):
             return [self.score(group, *stack) for group, stack in zip(groups, stacks, strict=True)]
         based = time.perf_counter()
-        with self.lm.side_by_side(stacks):
-            asked = self._ask(
-                [self._questions(group) for group in groups], "Asking edited models", progress, lanes=True
-            )
+        asked: list[_Answers] = []
+        for some in self.lm.abreast(stacks):
+            with self.lm.side_by_side([stacks[i] for i in some]):
+                questions = [self._questions(groups[i]) for i in some]
+                asked += self._ask(questions, "Asking edited models", progress, lanes=True)
         seconds, base_seconds = time.perf_counter() - based, based - started
         shares = [len(group) / len(every) for group in groups]
         return self._judged(
