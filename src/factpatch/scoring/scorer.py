@@ -138,7 +138,8 @@ class Scorer:
         """A scorecard for each group of edits under a stack of patches of its own: what `score` gives, in less time.
 
         The stacks lie side by side on lanes of the model, which holds a copy of each weight that any of them touches, as many
-        as have room; on a model that can only be asked they take turns. The seconds of each card are its share of the whole, by its edits.
+        as have room; on a model that can only be asked they take turns. The seconds of each card are its share of the whole, by
+        its edits.
         """
         started = time.perf_counter()
         every = [edit for group in groups for edit in group]
