@@ -75,6 +75,8 @@ def test_main_memory_is_told_apart_from_a_gpus(model, monkeypatch):
         ([*EDIT], '"--out": is missing'),
         (["--plan", "--prompt", "Rome lies in"], '"--target": is missing'),
         (["--plan", "--limit", "1"], "belong to --edits"),
+        (["--plan", "--out", "patch"], '"--out": does not belong to --plan'),
+        (["--plan", "--base-url", "http://localhost"], '"--base-url": does not belong to --plan'),
         (["--plan", "--method", "rone"], 'no method "rone". Did you mean "rome"?'),
         (["--plan", "--set", "steps=0"], "steps"),
         (["--plan", "--model", "openai:gpt"], "a model behind an endpoint"),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from factpatch.errors import TokenizerError
 from factpatch.lm import batches, writing
-from factpatch.lm.batches import Batch, Places, length_batches
+from factpatch.lm.batches import Batch, Places, current_pass, length_batches
 from factpatch.lm.hooks import reading, replacing_input, replacing_output
 from factpatch.lm.predictions import predict
 from factpatch.lm.run import UpperRun, can_resume, evaluating, input_of, logits_at
@@ -453,3 +453,23 @@ def test_near_the_end_of_what_can_be_read_other_texts_do_not_matter():
     assert [len(row) for row in alone] == [6, 16, 20, 20]
     assert generate(lm, prompts, max_new=20) == alone
     assert generate(lm, prompts, max_new=20, stop=lambda written: len(written) == 18) == [row[:18] for row in alone]
+
+
+def test_what_is_noted_beneath_is_there_above():
+    lm = tiny_lm()
+    first, second = lm.anatomy.blocks[:2]
+    texts_ = texts(lm)
+    batch = Batch.of_texts(texts_, lm.device)
+    at = Places.of([[text.target - 1] for text in texts_], lm.device)
+
+    def note(x, out):
+        current_pass().notes["sum"] = x.sum((1, 2))
+
+    def use(x, out):
+        return out * (1 + current_pass().notes["sum"][:, None, None].tanh())
+
+    with reading(first, note), replacing_output(second, use):
+        expected = logits_at(lm, batch, at)
+        run = UpperRun(lm, batch, 1)
+        for _ in range(2):
+            torch.testing.assert_close(run.logits_at(at), expected)

@@ -264,16 +264,22 @@ def test_another_kind_of_device_is_another_key(lm, monkeypatch):
     assert keys[0] == keys[2] != keys[1]
 
 
+ANSWERS = ((), ("a",), ("b",), ("a", "b"), ("b", "a"))
+
+
 def test_every_part_of_a_question_is_in_its_key(lm):
     kept = Baseline(lm, Store(), chat=False, sampling={"seed": 0})
     asks = [
         Ask(way, Probe(prompt=prompt, answers=answers))
-        for way in ("shown", "weighed", "freely")
+        for way, told in (("shown", ANSWERS), ("weighed", ANSWERS), ("freely", [()]), ("briefly", [()]))
         for prompt in ("Rome", "Oslo")
-        for answers in ((), ("a",), ("b",), ("a", "b"), ("b", "a"))
+        for answers in told
     ]
     keys = [kept._of_ask(protocol, ask) for protocol in PROTOCOLS.values() for ask in asks]
     assert len({*keys, kept._of_text("Rome"), kept._of_text("Oslo")}) == len(keys) + 2
+    for way in ("freely", "briefly"):
+        one, *others = (kept._of_ask(PROTOCOLS["open"], Ask(way, Probe(prompt="Rome", answers=a))) for a in ANSWERS)
+        assert {*others} == {one}, "what is said does not depend on what would be right"
     again = Baseline(tiny_lm(), Store(), chat=False, sampling={"seed": 0})
     assert [again._of_ask(protocol, ask) for protocol in PROTOCOLS.values() for ask in asks] == keys
 
@@ -284,6 +290,16 @@ def test_a_distribution_that_was_not_wanted_before_is_asked_for(lm, passes):
     assert asked(lm, passes, edits) == 0
     assert asked(lm, passes, EDITS[:1], protocols=["open"], fluency=False) > 0
     assert asked(lm, passes, EDITS[:1], protocols=["open"], fluency=False) == 0
+
+
+def test_a_model_that_is_trained_in_place_is_asked_anew(passes):
+    lm = tiny_lm()
+    Scorer(lm).baseline(EDITS)
+    assert asked(lm, passes) == 0
+    with torch.no_grad():
+        lm.anatomy.head.weight.mul_(-1)
+    assert asked(lm, passes) > 0
+    assert asked(tiny_lm(), passes) == 0, "and what is kept of the other stays"
 
 
 @pytest.mark.parametrize("name", ["ft-m", "grace", "ice"])
@@ -565,8 +581,10 @@ def test_a_file_that_stays_locked_is_done_without(store, monkeypatch, caplog):
         other.execute("BEGIN EXCLUSIVE")
         assert store.read("answers", [*some(3)]) == {}
         store.write(some(4), {})
-    assert ["cannot be read" in record.getMessage() for record in caplog.records] == [True]
-    assert Store(store.path).read("answers", [*some(4)]) == some(3)
+    assert ["has it in use" in record.getMessage() for record in caplog.records] == [True, True]
+    assert store.read("answers", [*some(4)]) == some(3), "and used again once it is free"
+    store.write(some(4), {})
+    assert store.read("answers", [*some(4)]) == some(4)
 
 
 def test_old_distributions_give_way_to_new_ones_and_answers_stay(store, monkeypatch):

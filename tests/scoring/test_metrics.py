@@ -132,6 +132,7 @@ def test_divergence_is_that_of_kullback_and_leibler():
     assert divergence(one.log(), other.log()) == pytest.approx(expected, rel=1e-5)
     assert divergence(one.log(), one.log()) == 0
     assert divergence(other.log(), one.log()) == math.inf
+    assert math.isnan(divergence(one.log(), torch.full_like(one, torch.nan))), "a ruined model is not near"
     drawn = torch.randn(2, 50, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
     plain_kl = torch.nn.functional.kl_div(drawn[1], drawn[0], log_target=True, reduction="sum")
     assert divergence(drawn[0], drawn[1]) == pytest.approx(float(plain_kl), rel=1e-5)
@@ -144,6 +145,7 @@ def test_divergence_is_that_of_kullback_and_leibler():
         (-1.0, -0.5, -900.0, (1.0, 1.0)),
         (-1.0, -3.0, -3.0, (0.5, math.exp(-2))),
         (-2.0, -2.0, -2.0 + math.log(3), (0.25, 1.0)),
+        (-1.0, -5000.0, -1.0, (0.0, 0.0)),
     ],
 )
 def test_sentiment_shift(before, after, other_after, factors):

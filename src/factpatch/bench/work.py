@@ -112,6 +112,8 @@ class Worker:
         """As `one_after_another`."""
         self.prepare(spec, progress)
         method = self._ready(spec).method
+        # Now, since to ask the unpatched model later lifts the whole stack off and lays it on again.
+        self.scorer.baseline([edit for unit in units for edit in unit], progress)
         yield from one_after_another(self.lm, method, units, self.scorer, checkpoints, progress, kept)
 
     def _ready(self, spec: MethodSpec) -> _Ready:

@@ -90,6 +90,11 @@ def edit(
     one: dict[str, Any] = {"prompt": prompt, "target": target, "subject": subject, "rephrases": rephrase or None}
     one["locality"] = {"Unrelated": [{"prompt": text} for text in unrelated]} if unrelated else None
     if plan_only:
+        if output is not None or base_url is not None:
+            unwanted = "--out" if output is not None else "--base-url"
+            raise BadRecord(
+                "the command line", None, unwanted, "does not belong to --plan, which makes nothing; leave it out."
+            )
         given = any(value is not None for value in (edits, *one.values()))
         wanted = _edits(one, edits, limit, skip_invalid) if given else _edits(_EXAMPLE, None, limit, skip_invalid)
         tell_plan(model, method, wanted, method_settings(settings, chat=chat), dtype, device, as_json=as_json)

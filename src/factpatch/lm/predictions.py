@@ -45,8 +45,11 @@ def target_logprobs(lm: Runnable, texts: Sequence[Encoded]) -> Iterator[tuple[in
     """By the index of each text, log-probabilities before each token of its target, in nats; in an order of its own."""
     for indices, known in shared_batches(lm, [text.ids for text in texts], [text.target for text in texts]):
         chosen = [texts[i] for i in indices]
-        logprobs = _target_logits(lm, chosen, known).log_softmax(-1)
-        yield from zip(indices, torch.split(logprobs, [len(text.target_ids) for text in chosen]), strict=True)
+        logits = _target_logits(lm, chosen, known)
+        # One text at a time, and nothing kept while the next batch runs: a row for each token read is as wide as the vocabulary.
+        for index, own in zip(indices, torch.split(logits, [len(text.target_ids) for text in chosen]), strict=True):
+            yield index, own.log_softmax(-1)
+        del logits, own
 
 
 @torch.no_grad()

@@ -50,9 +50,9 @@ class Runnable(Protocol):
         """Where it lies."""
 
 
-def forward(lm: Runnable, batch: Batch) -> Any:
-    """The model's output over a whole batch."""
-    with passing(Pass(batch.mask, batch.ends, lanes=batch.lanes)):
+def forward(lm: Runnable, batch: Batch, notes: dict[Any, Tensor] | None = None) -> Any:
+    """The model's output over a whole batch; `notes` are those of the pass."""
+    with passing(Pass(batch.mask, batch.ends, {} if notes is None else notes, batch.lanes)):
         return lm.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
 
 
@@ -124,28 +124,31 @@ class UpperRun:
         self._past: Any = None
         # What these hooks do is in the output already; those that are added later act on it.
         self._acted = [{*block._forward_hooks, *block._forward_pre_hooks} for block in self._below]
+        # What they noted for hooks further up is given to every run.
+        self._notes: dict[Any, Tensor] = {}
         with torch.no_grad(), evaluating(lm.model):
             if since:
                 self._past = self._read_past()
             if self._below:
+                noted: dict[Any, Tensor] = {}
                 with recording(self._below[-1]) as kept, until(self._below[-1]):
-                    self._run()
-                self._output = kept[0]
+                    self._run(noted)
+                self._output, self._notes = kept[0], noted
 
     def logits_at(self, places: Places) -> Float[Tensor, "reads vocab"]:
         """As the function of this name, without running again what does not change; no place may lie before `since`."""
         here = Places(places.rows, places.cols - self.since)
         with resuming(self._below, self._output, self._acted), evaluating(self.lm.model), only_at(self.lm, here):
-            out = self._run()
+            out = self._run(dict(self._notes))
         logits: Tensor = out.logits[0]
         return logits.float()
 
-    def _run(self) -> Any:
+    def _run(self, notes: dict[Any, Tensor]) -> Any:
         if not self.since:
-            return forward(self.lm, self.batch)
+            return forward(self.lm, self.batch, notes)
         # Each run adds keys and values of its own.
         past = adding_to(self._past)
-        with passing(Pass(self.batch.mask, self.batch.ends)):
+        with passing(Pass(self.batch.mask, self.batch.ends, notes)):
             return forward_on(self.lm, self.batch.ids[:, self.since :], self.batch.mask, past)
 
     def _read_past(self) -> Any:

@@ -43,7 +43,7 @@ from factpatch.files import cache_root, make_folder
 from factpatch.lm import LM, BaseLM
 from factpatch.lm.model import checksum
 from factpatch.lm.run import can_resume
-from factpatch.scoring.protocols import Ask, Protocol, Seen
+from factpatch.scoring.protocols import Ask, Protocol, Seen, Way
 
 __all__ = ["ROOM", "VERSION", "Baseline", "Store", "can_keep"]
 
@@ -60,6 +60,8 @@ Table = Literal["answers", "distributions"]
 
 _log = logging.getLogger("factpatch")
 
+_UNSHOWN: Collection[Way] = ("freely", "briefly")
+"""Ways of asking in which the model does not see the right answers, so that what it says does not depend on them."""
 _BUSY_SECONDS = 30.0
 _MOST_KEYS = 500
 _DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
@@ -137,6 +139,9 @@ class Store:
                 self._set_aside(opened)
                 _log.warning("%s: damaged (%s), and set aside. What it held is asked anew.", self.path, told)
                 return
+            if code is not None and code & 0xFF == sqlite3.SQLITE_BUSY:
+                _log.warning("%s: another process has it in use (%s). Done without for now.", self.path, told)
+                return
             self._can[do] = False
             doing = {"read": "read, so the unedited model is asked anew", "write": "written, so nothing is kept"}[do]
             _log.warning("%s: cannot be %s (%s)", self.path, doing, told)
@@ -188,22 +193,26 @@ class Baseline:
     """What one model did without patches, as far as it is in the store; `can_keep` must hold for it.
 
     A question's key is made of the model (its fingerprint, which rounds, and a checksum, which does not; config, tokenizer,
-    type of weights, kind of device and of attention, tokens that end a text), the versions of torch and transformers, `chat`,
-    and what is asked: the protocol with its version, the way and the answers, how long the model's answer may be, and the
-    prompt as it is given, in which a chat template may have put today's date. For texts it is the prompt and `sampling`.
+    type of weights, device, precision of products, kind of attention, tokens that end a text), the versions of torch and
+    transformers, `chat`, and what is asked: the protocol with its version, the way, the answers if the model is shown them,
+    how long its own may be, and the prompt as it is given, in which a chat template may have put today's date. For texts it
+    is the prompt and `sampling`.
 
     sampling  all that a sampled text depends on, by name
     """
 
     def __init__(self, lm: LM, store: Store, *, chat: bool, sampling: Mapping[str, int]) -> None:
         self._lm, self._store, self._chat, self._sampling = lm, store, chat, dict(sampling)
+        # A model may be trained in place; what is filed under its weights must not be under those it had before.
+        changes = [parameter._version for parameter in lm.model.parameters()]
         about = {
             "version": VERSION,
             "fingerprint": lm.fingerprint,
-            "weights": lm.once("checksum", lambda: checksum(lm.model)),
+            "weights": lm.once(("checksum", *changes), lambda: checksum(lm.model)),
             "surroundings": lm.surroundings,
             "dtype": str(lm.dtype),
-            "device": lm.device.type,
+            "device": _device(lm),
+            "precision": [torch.get_float32_matmul_precision(), torch.is_autocast_enabled(lm.device.type)],
             "attention": getattr(lm.model.config, "_attn_implementation", None),
             "ends": sorted(lm.end_tokens),
             "chat": chat,
@@ -244,7 +253,7 @@ class Baseline:
                 "longest": protocol.longest,
                 "way": ask.way,
                 "prompt": self._given(ask.probe.prompt),
-                "answers": ask.probe.answers,
+                "answers": () if ask.way in _UNSHOWN else ask.probe.answers,
             }
         )
 
@@ -258,6 +267,12 @@ class Baseline:
         digest = self._about.copy()
         digest.update(json.dumps(question, sort_keys=True).encode())
         return digest.digest()
+
+
+def _device(lm: LM) -> str:
+    """Cards of two makes differ in their last bits, which in half precision can decide a word."""
+    is_card = lm.device.type == "cuda" and torch.cuda.is_available()
+    return torch.cuda.get_device_name(lm.device) if is_card else lm.device.type
 
 
 def _told(seen: Seen | None) -> bytes:

@@ -26,7 +26,7 @@ class GuardReport(BaseModel):
     questions     all of them, in the order asked
     """
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
     perplexity_before: float | None
     perplexity_after: float | None

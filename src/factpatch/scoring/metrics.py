@@ -35,6 +35,8 @@ _UNSPACED = re.compile(
     "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
     "[\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u0eb1\u0eb4-\u0ebc\u0ec8-\u0ecd\u102b-\u103e\u17b4-\u17d3\u3099\u309a]*"
 )
+_MOST_EXPONENT = 700.0
+"""Of `math.exp`, rounded down."""
 _ARTICLES = frozenset({"a", "an", "the"})
 
 
@@ -100,7 +102,10 @@ def divergence(before: Float[Tensor, " vocab"], after: Float[Tensor, " vocab"]) 
     """KL(before || after) of two distributions given by their log-probabilities, in nats, not negative."""
     possible = before > -torch.inf
     before, after = before[possible], after[possible]
-    return max(0.0, float((before.exp() * (before - after)).sum()))
+    found = float((before.exp() * (before - after)).sum())
+    return (
+        found if math.isnan(found) else max(0.0, found)
+    )  # of a ruined model nothing is known, least of all that it is near
 
 
 def sentiment_shift(*, before: float, after: float, other_after: float) -> tuple[float, float]:
@@ -110,7 +115,7 @@ def sentiment_shift(*, before: float, after: float, other_after: float) -> tuple
     after it: `sigmoid(after - other_after)` and `min(1, exp(after - before))` (Mitchell et al. 2022, arXiv 2206.06520).
     Their product is the success of the edit.
     """
-    return 1 / (1 + math.exp(other_after - after)), math.exp(min(0.0, after - before))
+    return 1 / (1 + math.exp(min(_MOST_EXPONENT, other_after - after))), math.exp(min(0.0, after - before))
 
 
 def words(text: str) -> list[str]:
