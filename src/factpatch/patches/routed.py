@@ -157,7 +157,7 @@ class _Router:
         if ids is None or (now is not None and now.ends is None):
             return  # given as vectors, or writing on after a prompt that was read
         mask = torch.ones_like(ids) if now is None else now.mask
-        if now is not None:  # what is written after the prompt is no note, also where it is read again
+        if now is not None and now.ends is not None:  # what follows the prompt is no note, also where it is read again
             mask = mask * (torch.arange(mask.shape[1], device=mask.device) <= now.ends[:, None])
         texts = [self.lm.tokens.decode(row[kept.bool()].tolist()) for row, kept in zip(ids, mask, strict=True)]
         held = [any(book.holds_note(text) for book in self._books()) for text in texts]
