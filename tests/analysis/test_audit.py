@@ -344,7 +344,8 @@ def made(ranks, *, decoys=4, state="after", budget=5, control=None, attacks=("a"
             new="n",
             decoys=(("d",),) * decoys,
             tokens=(),
-            decoy_tokens=((),) * decoys,
+            first="",
+            decoy_firsts=("",) * decoys,
         )
         for name in ranks
     )
@@ -354,6 +355,7 @@ def made(ranks, *, decoys=4, state="after", budget=5, control=None, attacks=("a"
             state=which,
             fact=name,
             rank=own[0],
+            plain_rank=own[0],
             decoy_ranks=tuple(own[1:]),
             candidates=(Candidate(text="s", blocks=(2, 3, 5)),) * budget,
         )
@@ -415,12 +417,35 @@ def test_an_old_answer_stands_out_if_it_leads_every_decoy():
 def test_chance_does_not_recover_and_a_clear_lead_does():
     assert not made({"f": [FIRST, NONE]}).recovered, "one of five is no proof"
     many = made({"f": [[1] + [None] * 20, [None] * 21]}, decoys=20)
-    assert many.recovered, "one of twenty-one is"
-    assert not many.clear
+    assert not many.recovered, "one of twenty-one is less than the half of 5 % that this test is given"
+    most = made({"f": [[1] + [None] * 40, [None] * 41]}, decoys=40)
+    assert most.recovered, "one of forty-one is more"
+    assert not most.clear
     every = made({name: [[4, 3, None, None, None], NONE] for name in "abcdefgh"})
     assert every.standing_out("after").facts == ()
     assert every.clear == ("a",), "found for all facts, and one decoy of four"
     assert every.recovered
+
+
+def test_what_cannot_be_told_from_chance_is_in_doubt_only_where_something_was_found():
+    few = made({"f": [FIRST, NONE]})
+    assert (few.can_tell, few.recovered, few.in_doubt) == (False, False, True)
+    assert verdict(few)[0].startswith("Too few facts and decoys to tell: 1 fact with 4 decoys; 2 attacks")
+    nothing = made({"f": [NONE, NONE]})
+    assert (nothing.can_tell, nothing.in_doubt) == (False, False)
+    enough = made({name: [NONE, NONE] for name in "abcdefgh"})
+    assert (enough.can_tell, enough.in_doubt) == (True, False)
+    assert verdict(enough)[0].startswith("Not recovered beyond chance")
+
+
+def test_only_the_canonical_spelling_is_held_against_decoys():
+    every = made({name: [FIRST, NONE] for name in "abcdefgh"})
+    assert every.recovered
+    other = tuple(trial.model_copy(update={"plain_rank": None}) for trial in every.trials)
+    spelt = every.model_copy(update={"trials": other})
+    spelt = type(every).model_validate(spelt.model_dump())
+    assert spelt.recall("after").found == 8, "it is told"
+    assert (spelt.recall("after").plain, spelt.recovered) == (0, False), "and proves nothing"
 
 
 def test_what_the_control_finds_too_is_not_recovered():

@@ -8,7 +8,7 @@ from itertools import count
 
 import pytest
 
-from factpatch.analysis.decay import Checkpoint, Decay, Rule, breaks, sequential_decay
+from factpatch.analysis.decay import Decay, Look, Rule, breaks, sequential_decay
 from factpatch.analysis.health import Monitor, Vitals
 from factpatch.bench import score_sequence, sequence
 from factpatch.edits import Edit, Probe
@@ -131,7 +131,7 @@ def made(at_edit, ends, vital=None, refused=()):
     for patches, values in ends.items():
         now = dict(zip(ids, values, strict=False))
         checkpoints.append(
-            Checkpoint(
+            Look(
                 patches=patches,
                 made=tuple((i,) for i in now),
                 scores={"open": {"edit": now}},
@@ -338,7 +338,7 @@ def test_every_picture_has_its_numbers(tmp_path):
     success = pictures["success-open"]
     assert {row["method"] for row in success.rows} == {f"method {i}" for i in range(9)}
     assert [
-        (r["edits"], r["at_end"], r["at_edit"], r["broken"]) for r in success.rows if r["method"] == "method 3"
+        (r["patches"], r["at_end"], r["at_edit"], r["broken"]) for r in success.rows if r["method"] == "method 3"
     ] == [
         (1, 1, 1, False),
         (2, 1, 1, False),

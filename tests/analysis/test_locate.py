@@ -85,7 +85,7 @@ def traced_as(monkeypatch, effects):
         effects=tuple(effects),
         suggested=max(range(len(effects)), key=effects.__getitem__),
     )
-    monkeypatch.setattr(module, "known_facts", lambda lm, edits: [Fact("Rome lies in", "Rome", "Italy")])
+    monkeypatch.setattr(module, "known_facts", lambda lm, edits, **_: [Fact("Rome lies in", "Rome", "Italy")])
     monkeypatch.setattr(module, "_trace", lambda *_: found)
 
 
@@ -232,7 +232,7 @@ def test_a_sweep_that_is_killed_goes_on_where_it_was(monkeypatch):
 
 def test_a_damaged_row_is_made_again():
     found = locate(tiny_lm(), Planted(), edits=FACTS, layers=[1])
-    (row,) = (cache_root() / "located" / "places").glob("*.json")
+    (row,) = (path for path in (cache_root() / "located" / "places").glob("*.json") if "by_fact" in path.read_text())
     row.write_text(row.read_text()[:40])
     Planted.fits = 0
     assert locate(tiny_lm(), Planted(), edits=FACTS, layers=[1]).chosen == found.chosen
@@ -241,7 +241,7 @@ def test_a_damaged_row_is_made_again():
 
 def test_when_the_time_is_over_no_other_place_is_begun(monkeypatch):
     tried = sweeping(monkeypatch, lambda at: 0.5)
-    found = locate(deep_lm(24), "ft-m", edits=FACTS, budget=0.0)
+    found = locate(deep_lm(24), "ft-m", edits=FACTS, seconds=0.0)
     assert tried == [0]
     assert not found.complete
     assert found.chosen == (0,)
@@ -335,7 +335,7 @@ def test_tracing_itself_is_asked_once_and_kept(monkeypatch):
     from factpatch.analysis.tracing import ROLES, average, suggested_layer, trace_all
 
     fact = Fact("Rome lies in", "Rome", "Italy")
-    monkeypatch.setattr(module, "known_facts", lambda lm, edits: [fact])
+    monkeypatch.setattr(module, "known_facts", lambda lm, edits, **_: [fact])
     sweeping(monkeypatch, lambda at: 0.5)
     lm = tiny_lm()
     found = locate(lm, "ft-m", edits=FACTS).traced

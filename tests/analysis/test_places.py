@@ -11,16 +11,16 @@ from hypothesis.extra import numpy as arrays
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from factpatch.analysis.facts import Fact
+from factpatch.analysis.facts import Fact, from_telling
 from factpatch.analysis.places import (
     LEVELS,
     MEASURES,
-    Comparison,
     Group,
-    Located,
+    LevelComparison,
     Triple,
+    Wording,
     _most_changed,
-    compare,
+    compare_levels,
     compare_places,
     cosine,
     counterfacts,
@@ -177,9 +177,9 @@ def test_the_mean_is_cut_off_and_not_each_group():
 
 
 def world_of(*rows):
-    """Located facts of (entity, relation, answer token, first wording?, via)."""
+    """Wording facts of (entity, relation, answer token, first wording?, via)."""
     return [
-        Located(Fact(f"{entity} {relation} {i}", entity, f"<{token}>"), relation, token, first, via)
+        Wording(Fact(f"{entity} {relation} {i}", entity, f"<{token}>"), relation, token, first, via)
         for i, (entity, relation, token, first, via) in enumerate(rows)
     ]
 
@@ -211,7 +211,7 @@ def test_pairs_of_each_level():
         for j in range(i + 1, len(TABLE)):
             alike = torch.zeros(len(TABLE), len(TABLE))
             alike[i, j] = alike[j, i] = 1
-            for one in compare("neurons", alike, TABLE):
+            for one in compare_levels("neurons", alike, TABLE):
                 assert one.level == "wording" or (TABLE[i].first and TABLE[j].first) or one.inside == 0
                 if one.inside > 0:
                     seen[one.level].add((i, j))
@@ -223,7 +223,7 @@ def test_groups_and_means_by_hand():
     alike = torch.zeros(len(TABLE), len(TABLE))
     for i, j, value in ((0, 2, 0.5), (4, 5, 0.9), (0, 7, 0.3), (2, 6, 0.6)):
         alike[i, j] = alike[j, i] = value
-    by = {one.level: one for one in compare("layers", alike, TABLE)}
+    by = {one.level: one for one in compare_levels("layers", alike, TABLE)}
     entity = {group.name: group for group in by["entity"].groups}
     assert {name: group.pairs for name, group in entity.items()} == {"Ada": 1, "Bob": 1, "Cyd": 1}
     # Unrelated to Ada's home are Cyd's trade alone; to her trade the homes of Bob, Cyd and Dee.
@@ -253,14 +253,14 @@ GRID = world_of(
 def test_places_that_hang_on_one_thing_are_told_apart_by_it_alone(place, level):
     names = sorted({place(one) for one in GRID})
     sets = torch.tensor([[place(one) == name for name in names] for one in GRID])
-    found = {one.level: one.rsim for one in compare("neurons", jaccard(sets), GRID)}
+    found = {one.level: one.rsim for one in compare_levels("neurons", jaccard(sets), GRID)}
     assert found.keys() == {"wording", "entity", "relation"}
     expected = {"wording": 1.0, "entity": 0.0, "relation": 0.0} | {level: 1.0}
     assert found == pytest.approx(expected)
 
 
 def test_the_same_place_everywhere_tells_nothing_apart():
-    found = compare("layers", torch.ones(len(GRID), len(GRID)), GRID)
+    found = compare_levels("layers", torch.ones(len(GRID), len(GRID)), GRID)
     assert [one.rsim for one in found] == [0.0, 0.0, 0.0]
 
 
@@ -382,7 +382,7 @@ class Plant(Method[Config]):
 
     def make(self, lm, edits, config, progress):
         projection = lm.anatomy.mlp_out(self.layer)
-        text = lm.tokens.encode(edits[0].prompt, edits[0].target)
+        text = from_telling(lm, lm.tokens.encode(edits[0].prompt, edits[0].target))
         key = input_of(lm, projection.module, Batch.of([text.prompt_ids], lm.device))[0, -1]
         at = int(key.abs().argmax())
         column = torch.zeros(1, len(key))
@@ -398,9 +398,10 @@ def test_a_planted_target_is_read(architecture):
     lm = tiny_lm(architecture)
     edit = Edit(id="e", prompt="Rome lies in", target="Peru")
     before = Snapshot.of(lm)
-    (found,) = read_values(lm, Plant(), [edit])
+    (found,), unread = read_values(lm, Plant(), [edit])
     assert before.differences(lm) == []
-    ids = lm.tokens.encode(edit.prompt, edit.target)
+    assert unread == ()
+    ids = from_telling(lm, lm.tokens.encode(edit.prompt, edit.target))
     projection = lm.anatomy.mlp_out(1)
     (delta,) = Plant().fit(lm, [edit]).deltas.values()
     full = delta.full().T if projection.transposed else delta.full()
@@ -431,12 +432,12 @@ def test_the_columns_read_are_those_that_change_most():
 def test_what_was_made_is_told(triples):
     lm = taught()
     edits = counterfacts(known_triples(lm, triples))[:2]
-    made = read_values(lm, create("ft-m", {"layer": 1, "steps": 60, "lr": 1e-2}), edits)
+    made, _ = read_values(lm, create("ft-m", {"layer": 1, "steps": 60, "lr": 1e-2}), edits)
     assert [each.made for each in made] == [True, True]
     assert [each.columns_after for each in made] == [1, 1]
     assert {each.layer for each in made} == {1}
     assert [each.edit for each in made] == [edit.id for edit in edits]
-    idle = read_values(lm, create("ft-m", {"layer": 1, "steps": 1, "lr": 1e-6}), edits)
+    idle, _ = read_values(lm, create("ft-m", {"layer": 1, "steps": 1, "lr": 1e-6}), edits)
     assert [each.made for each in idle] == [False, False]
     assert [each.columns_after for each in idle] == [each.columns_before for each in idle]
 
@@ -463,11 +464,11 @@ def test_rows_have_intervals_around_their_values(found):
     assert len(rows) == len(found.comparisons)
     for row, one in zip(rows, found.comparisons, strict=True):
         assert row["groups"] == len(one.groups)
-        if row["groups"] > 1:
+        if row["groups"] >= 6:
             assert row["inside_low"] - 1e-9 <= row["inside"] <= row["inside_high"] + 1e-9
             assert row["rsim_low"] - 1e-9 <= row["rsim"] <= row["rsim_high"] + 1e-9
         else:
-            assert row["rsim_low"] is None
+            assert row["rsim_low"] is row["told_apart"] is None, "too few to tell"
 
 
 def test_hits_are_shares_of_ranks(found):
@@ -490,26 +491,30 @@ def test_common_hits_are_over_edits_that_all_methods_made(found):
 
 def comparison(measure, level, inside, outside):
     groups = [Group(name=str(i), pairs=1, inside=x, outside=outside) for i, x in enumerate(inside)]
-    return Comparison(measure=measure, level=level, groups=tuple(groups))
+    return LevelComparison(measure=measure, level=level, groups=tuple(groups))
 
 
 def test_sentences_follow_from_the_numbers(found):
     comparisons = (
-        comparison("neurons", "wording", (0.5, 0.6), 0.1),
-        comparison("neurons", "entity", (0.3, 0.32), 0.1),
-        comparison("layers", "entity", (0.2, 0.8), 0.5),
+        comparison("neurons", "wording", (0.5, 0.6) * 4, 0.1),
+        comparison("neurons", "entity", (0.3, 0.32) * 4, 0.1),
+        comparison("layers", "entity", (0.2, 0.8) * 4, 0.5),
         comparison("layers", "wording", (0.2, 0.8), 0.5),
     )
     told = sentences(found.model_copy(update={"comparisons": comparisons}))
     assert told[0].startswith(
-        "Wordings of one fact share 5.5 times as many neurons as unrelated facts (0.55 against 0.1;"
+        "Wordings of one fact: their neurons overlap 5.5 times as much as those of unrelated facts (0.55 against 0.1;"
     )
-    assert "Facts of one entity share 3.1 times as many neurons" in told[1]
-    assert "1.0 times as many traced layers" in told[1]
+    assert told[0].endswith("2 groups are too few to tell).")
+    assert "their neurons overlap 3.1 times as much" in told[1]
+    assert "their traced layers overlap 1.0 times as much" in told[1]
     assert "may be chance" in told[1]
     assert told[2].endswith("wording 0.50, entity 0.23.")
     assert told[2].startswith("By knowledge neurons")
-    assert told[3] == "By causal tracing, what belongs together is at no level told apart from unrelated facts."
+    assert told[3] == (
+        "By causal tracing, what belongs together is at no level told apart from unrelated facts. "
+        "Too few groups to tell: wording."
+    )
 
 
 def test_pictures_have_their_numbers_beside_them(found, tmp_path):

@@ -134,7 +134,7 @@ def known_place():
         attention.c_attn.weight[1, 64] = 1.0
         attention.c_proj.weight[0, 2] = 1500.0
         head = torch.zeros_like(lm.model.lm_head.weight)
-        head[lm.tokens.encode("Q ").ids[-1], 2] = 6.0
+        head[lm.tokens.encode("Qy").ids[-1], 2] = 6.0
     lm.model.lm_head.weight = torch.nn.Parameter(head)
     return lm
 
@@ -184,7 +184,8 @@ def test_the_last_state_of_the_last_token_is_the_clean_run():
     own = trace(tiny_lm(), FACT, samples=2)
     assert float(own.restored[-1, -1]) == pytest.approx(own.clean, rel=1e-4)
     assert own.effects[: own.subject[0]].abs().max() < 1e-9
-    assert own.tokens == ("<s>", *FACT.prompt)
+    assert own.tokens == ("<s>", *FACT.prompt, " "), "the space before the answer tells nothing"
+    assert own.asked == "i"
     assert own.subject == (4, 8)
 
 
@@ -249,7 +250,7 @@ def test_a_patched_model_is_traced_as_it_is():
     rome = tiny_edits()[0]
     for name in ("ft-m", "grace"):  # other weights, and a hook on a module
         method = create(name, {"steps": "3", "layer": "1"})
-        patch = method.fit(lm, [rome.model_copy(update={"prompt": FACT.prompt})])
+        patch = method.fit(lm, [rome.model_copy(update={"prompt": FACT.prompt, "target": "in Ur"})])
         with lm.patched(patch):
             before = Snapshot.of(lm)
             found = trace(lm, FACT, samples=2)

@@ -9,18 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from factpatch.analysis import weights
+from factpatch.analysis import spectra, weights
 from factpatch.analysis.checkpoints import compare, inspect, open_checkpoint
-from factpatch.analysis.weights import (
-    THRESHOLDS,
-    MatrixChange,
-    Pieces,
-    gram_values,
-    in_words,
-    mean_squared_cosine,
-    spectrum,
-    weight_changes,
-)
+from factpatch.analysis.spectra import Pieces, gram_values, mean_squared_cosine, spectrum
+from factpatch.analysis.weights import THRESHOLDS, MatrixChange, in_words, weight_changes
 from factpatch.errors import BadFile, UnknownModel, WrongBase
 from factpatch.methods import create
 from factpatch.patches import ContextPatch, Dense, LowRank, Note, Provenance, Sparse, WeightPatch, merge
@@ -38,7 +30,7 @@ def lm():
 
 @pytest.fixture
 def small_pieces(monkeypatch):
-    monkeypatch.setattr(weights, "_PIECE", 40)
+    monkeypatch.setattr(spectra, "_PIECE", 40)
 
 
 def normal(*shape, seed=0):
@@ -83,7 +75,7 @@ def test_the_spectrum_of_a_dense_change_is_its_svds(rows, cols, seed):
     matrix = normal(rows, cols, seed=seed)
     expected = torch.linalg.svd(matrix.double(), full_matrices=False)
     with pytest.MonkeyPatch.context() as patcher:
-        patcher.setattr(weights, "_PIECE", 3 * min(rows, cols))
+        patcher.setattr(spectra, "_PIECE", 3 * min(rows, cols))
         found = spectrum(Dense(matrix))
         alone, _ = gram_values(Pieces.held(matrix))
     torch.testing.assert_close(found.values, expected.S, rtol=1e-6, atol=1e-6 * float(expected.S[0]))
@@ -94,6 +86,18 @@ def test_the_spectrum_of_a_dense_change_is_its_svds(rows, cols, seed):
     torch.testing.assert_close(
         (found.left.T @ matrix.double() @ found.right).diagonal(), expected.S[:k], rtol=1e-6, atol=1e-6
     )
+
+
+@settings(max_examples=40)
+@given(st.integers(6, 12), st.integers(6, 14), st.integers(0, 2), st.integers(0, 99))
+def test_a_change_that_is_written_out_is_kept_as_its_factors_without_the_noise(rows, cols, rank, seed):
+    u, v = (torch.linalg.qr(normal(n, rank, seed=seed + n))[0] for n in (rows, cols))
+    made = 5 * u @ v.T
+    found = spectrum(Dense(made + 1e-3 * normal(rows, cols, seed=seed)), noise=0.1)
+    assert found.factors.u.shape == (rows, rank)
+    torch.testing.assert_close(found.factors.full(), made, rtol=0, atol=0.02)
+    # Factors would take more room: without noise there is the full rank.
+    assert spectrum(Dense(made + 1e-3 * normal(rows, cols, seed=seed))).factors is None
 
 
 def test_a_change_that_is_zero_has_no_rank_and_no_space():
@@ -233,6 +237,66 @@ def test_an_adapter_counts_as_what_it_makes_of_the_weights(architecture):
         assert m.norm == pytest.approx(float(D.double().norm()), rel=1e-6)
         assert m.rank == 4
     assert row.adds == ()
+
+
+def test_adapters_are_compared_as_what_they_make_and_kept_as_factors(lm, monkeypatch):
+    made = {
+        str(i): create("lora", {"steps": 4, "rank": 2, "layers": (1, 2), "seed": i}).fit(lm, tiny_edits())
+        for i in (0, 1)
+    }
+    before, kept, own = Snapshot.of(lm), [], weights._overlap
+
+    def looked(one, its, other, others):
+        kept.extend(held.delta for held in [*its.values(), *others.values()])
+        return own(one, its, other, others)
+
+    monkeypatch.setattr(weights, "_overlap", looked)
+    (overlap,) = weight_changes(lm, made).overlaps
+    assert before.differences(lm) == []
+    assert kept
+    assert all(isinstance(delta, LowRank) and delta.u.shape[1] <= 2 for delta in kept)
+    one, other = (
+        {name: (w - lm.model.get_parameter(name).detach()).double() for name, w in patch.merged(lm.model).items()}
+        for patch in made.values()
+    )
+    whole = [torch.cat([change[name].flatten() for name in one]) for change in (one, other)]
+    assert overlap.cosine == pytest.approx(float(torch.cosine_similarity(*whole, dim=0)), abs=1e-4)
+    assert {m.parameter for m in overlap.matrices} == {name for name in one if one[name].any() and other[name].any()}
+    for m in overlap.matrices:
+        changes = [change[m.parameter] for change in (one, other)]
+        assert m.cosine == pytest.approx(float(torch.cosine_similarity(*map(torch.flatten, changes), dim=0)), abs=1e-4)
+        a, b = (change != 0 for change in changes)
+        assert m.jaccard == pytest.approx(float((a & b).sum() / (a | b).sum()))
+
+
+def test_in_a_coarse_type_touched_is_what_rounding_left_and_what_inspect_finds(tmp_path):
+    lm = tiny_lm()
+    lm.model.bfloat16()
+    shape = lm.model.get_parameter(DOWN[0]).shape
+    made = {
+        "small": patch_of(lm, {DOWN[0]: low_rank(shape, scale=2e-4)}),
+        "large": patch_of(lm, {DOWN[0]: low_rank(shape, scale=0.1, seed=3), DOWN[1]: low_rank(shape, scale=1e-12)}),
+    }
+    lm.model.save_pretrained(tmp_path / "base")
+    report = weight_changes(lm, made)
+    moved = {}
+    for row, (name, patch) in zip(report.patches, made.items(), strict=True):
+        merge(lm, [patch], tmp_path / name)
+        found = inspect(tmp_path / "base", tmp_path / name)
+        assert {m.parameter: m.touched for m in row.matrices if m.touched} == {
+            m.parameter: m.touched for m in found.matrices
+        }
+        assert row.touched == found.touched
+        weight = lm.model.get_parameter(DOWN[0]).data
+        with lm.patched(patch):
+            moved[name] = lm.model.get_parameter(DOWN[0]).data != weight
+    small, large = report.patches
+    assert 0 < small.touched < small.matrices[0].entries / 2
+    assert large.touched > small.touched
+    assert [m.touched for m in large.matrices][1] == 0, "and its norm is that of what the patch says"
+    assert large.matrices[1].norm > 0
+    expected = float((moved["small"] & moved["large"]).sum() / (moved["small"] | moved["large"]).sum())
+    assert report.overlaps[0].jaccard == pytest.approx(expected)
 
 
 def test_a_patch_that_changes_no_weights_says_what_it_adds(lm):
@@ -381,7 +445,7 @@ def test_the_rank_tolerance_can_be_given():
     a = torch.zeros(4, 4)
     b = torch.diag(torch.tensor([1.0, 0.1, 0.001, 0.0]))
     assert compare({"w": a}, {"w": b}).matrices[0].rank == 3
-    found = compare({"w": a}, {"w": b}, rank_tolerance=0.01).matrices[0]
+    found = compare({"w": a}, {"w": b}, rank_tol=0.01).matrices[0]
     assert (found.rank, found.tolerance) == (2, pytest.approx(0.01))
     assert found.singular_values == pytest.approx((1.0, 0.1))
     assert found.relative is None

@@ -47,7 +47,8 @@ def test_json_and_nothing_kept(model, facts):
     code, out, _ = run(*args)
     found = json.loads(out)
     assert code == 0
-    assert (found.pop("kept"), found.pop("preset"), found.pop("picture")) == (None, None, None)
+    assert [found.pop(name) for name in ("kept", "preset", "written", "skipped_records")] == [None, None, [], 0]
+    assert found.pop("preliminary") is True, "a single place was tried"
     assert Located.model_validate(found).chosen == (1,)
     assert found["untraced"] == "not asked for"
     assert not list((cache_root() / "located").glob("*.json"))

@@ -32,7 +32,7 @@ def test_tables_sentences_and_pictures(knowing, world, tmp_path):
     )
     assert code == 0
     assert "9 facts about 3 entities, in 15 wordings" in said
-    assert "Facts of one entity share" in said
+    assert "Facts of one entity: their neurons" in said
     assert "Hit@10" in said
     names = {"places.svg", "places.csv", "places-alike.svg", "places-alike.csv", "places-hits.svg", "places-hits.csv"}
     assert {path.name for path in out.iterdir()} == names | {"places.json"}

@@ -92,7 +92,7 @@ def test_a_monitor_that_stops_saves_the_good_patches_and_exits_with_1(model, fac
     args[-1] = tmp_path / "again"
     code, out, _ = analyse(model, facts, questions, *args, "--max-norm", norms[1] * 0.999)
     assert code == 1
-    assert "stopped after 1 of 2 edits, sick with b" in out
+    assert "stopped after 1 of 2 patches, sick with b" in out
     assert "The weights have moved by" in out
     (place,) = (tmp_path / "again" / "ft-m").iterdir()
     assert Patch.load(place).id == patches[0].id

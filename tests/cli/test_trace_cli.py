@@ -26,15 +26,17 @@ UNKNOWN = {"Bonn": "Bonn lies in", "": "In Rome it"}
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A tiny model that goes on with a space, as each answer does, after some prompts and not after others."""
+    """A tiny model that goes on with " I", as the answer does, after some prompts and not after others."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     lm = tiny_lm()
-    batches = [Batch.of([lm.tokens.encode(prompt).ids], lm.device) for prompt in (*KNOWN.values(), *UNKNOWN.values())]
+    prompts = [*KNOWN.values(), *UNKNOWN.values()]
+    batches = [Batch.of([lm.tokens.encode(p + more).ids], lm.device) for more in ("", " ") for p in prompts]
     states = torch.stack([input_of(lm, lm.anatomy.head, batch)[0, -1] for batch in batches])
-    with torch.no_grad():
-        lm.anatomy.head.weight[lm.tokens.encode(" ").ids[-1]] = torch.linalg.pinv(states) @ torch.tensor(
-            [9.0, 9, -9, -9]
-        )
+    for said, wanted in ((" ", [9.0, 9, -9, -9, -9, -9, -9, -9]), ("I", [-9.0, -9, -9, -9, 9, 9, -9, -9])):
+        with torch.no_grad():
+            lm.anatomy.head.weight[lm.tokens.encode("x" + said).ids[-1]] = torch.linalg.pinv(states) @ torch.tensor(
+                wanted
+            )
     lm.model.save_pretrained(folder)
     lm.tokenizer.save_pretrained(folder)
     return str(folder)
@@ -63,8 +65,8 @@ def test_one_fact_is_drawn_as_text(model):
     assert "In Rome it → is" in out
     assert "restored: block output" in out
     rows = [line for line in out.splitlines() if " at block " in line]
-    assert len(rows) == len("In Rome it") + 1
-    assert [bool(re.match(r" *[Rome] \* ", row)) for row in rows] == [False] * 4 + [True] * 4 + [False] * 3
+    assert len(rows) == len("In Rome it") + 2, "the first token, and the space that tells nothing"
+    assert [bool(re.match(r" *[Rome] \* ", row)) for row in rows] == [False] * 4 + [True] * 4 + [False] * 4
     assert "█" in out
 
 
@@ -124,9 +126,9 @@ def test_pictures_have_their_numbers_beside_them(model, lm, known, tmp_path):
     assert out.replace("\n", "").count("Written: ") == 6
     expected = trace(lm, Fact("In Rome it", "Rome", "is"), samples=2)
     rows = list(csv.DictReader((folder / "fact-state.csv").read_text().splitlines()))
-    assert len(rows) == 11 * 3
+    assert len(rows) == 12 * 3
     assert [float(row["effect"]) for row in rows] == expected.effects.flatten().tolist()
-    assert [row["corrupted"] for row in rows[::3]] == ["False"] * 4 + ["True"] * 4 + ["False"] * 3
+    assert [row["corrupted"] for row in rows[::3]] == ["False"] * 4 + ["True"] * 4 + ["False"] * 4
     picture = (folder / "fact-state.svg").read_text()
     assert "p(answer) restored - corrupted" in picture
     assert picture.count(" *</text>") == 4

@@ -68,12 +68,13 @@ def test_a_patch_of_another_model_is_refused(patches, tmp_path):
 def test_inspect_finds_what_was_merged(model, patches, tmp_path):
     assert run("patch", "merge", patches / "rome", "-m", model, "--out", tmp_path / "merged")[0] == 0
     code, out, _ = run("inspect", model, tmp_path / "merged", "--out", tmp_path / "pictures")
-    assert code == 0
+    assert code == 1, "they differ"
     assert "29 of 30 tensors in both are equal, 1 differs: rank 1 in one matrix (block 1)" in out
     assert "mlp.down_proj" in out
     assert (tmp_path / "pictures" / "spectra.csv").is_file()
     found = json.loads(run("inspect", model, tmp_path / "merged", "--json")[1])
     assert [(m["parameter"], m["rank"]) for m in found["matrices"]] == [(PART, 1)]
+    assert found["alike"] is False
     assert found["equal"] == found["compared"] - 1
 
 

@@ -67,16 +67,27 @@ def audit(
     attacks  by name or made by hand; by default all
     study    how fast the old answer itself is learnt is measured by such a training
 
-    Raises BadConfig for an unknown attack, and where no edit has an old answer to look for; WrongBase, TokenizerError.
+    Raises BadConfig for an unknown attack, where no edit has an old answer to look for, and where the models have not all
+    the same tokenizer; WrongBase, TokenizerError.
     """
     made = _made(attacks)
     if budget < 1:
         raise BadConfig(f"budget {budget}: expected one candidate at least.")
     wanted = _distinct([edit for patch in patches for edit in patch.provenance.edits] if edits is None else edits)
+    for what, other in (("before", before), ("control", control)):
+        if other is not None:
+            _check_tokenizer(lm, other, what, [edit.prompt for edit in wanted])
     knowing = before or lm
     with _bare(knowing):
-        progress("Choosing decoys", 0, 1)
-        brief = prepare(knowing, wanted, knows=before is not None or bool(patches), decoys=decoys, chat=chat, seed=seed)
+        brief = prepare(
+            knowing,
+            wanted,
+            knows=before is not None or bool(patches),
+            decoys=decoys,
+            chat=chat,
+            seed=seed,
+            progress=progress,
+        )
     if not brief.facts:
         reasons = "; ".join(f"{one.id}: {one.reason}" for one in brief.left_out[:3]) or "there are no edits"
         raise BadConfig(
@@ -139,6 +150,18 @@ def _distinct(edits: Sequence[Edit]) -> list[Edit]:
     return list(found.values())
 
 
+def _check_tokenizer(lm: LM, other: LM, what: str, prompts: Sequence[str]) -> None:
+    """Token attacks look for tokens that were told by one model among those of another."""
+    vocabularies = [each.tokenizer.get_vocab() for each in (lm, other)]
+    if vocabularies[0] != vocabularies[1] or [t.ids for t in lm.encode(prompts)] != [
+        t.ids for t in other.encode(prompts)
+    ]:
+        raise BadConfig(
+            f"{what}: {other.name} has another tokenizer than {lm.name}, so that what is found in the two cannot be compared.\n"
+            "  Give a checkpoint with the audited model's tokenizer, such as one trained from the same start."
+        )
+
+
 @contextmanager
 def _bare(lm: LM) -> Iterator[None]:
     with lm.unpatched():
@@ -184,8 +207,14 @@ def _trials(
             fact=fact.id,
             candidates=tuple(candidates),
             rank=_rank(candidates, fact.secret, fact.tokens),
-            decoy_ranks=tuple(_rank(candidates, *pair) for pair in zip(fact.decoys, fact.decoy_tokens, strict=True)),
-            unscored="the first token of the old answer tells nothing" if by_token and not fact.tokens else "",
+            plain_rank=_rank(candidates, fact.secret[:1], [fact.first]),
+            decoy_ranks=tuple(
+                _rank(candidates, decoy[:1], [first])
+                for decoy, first in zip(fact.decoys, fact.decoy_firsts, strict=True)
+            ),
+            unscored="the first token of the old answer tells nothing, or is the new answer's too"
+            if by_token and not fact.first
+            else "",
         )
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-from factpatch.analysis.audit_result import LEVEL, Audit, State, Trial
+from factpatch.analysis.audit_result import SHARE, Audit, State, Trial
 
 __all__ = ["NAMES", "fact_verdict", "headline", "verdict"]
 
@@ -17,22 +17,36 @@ def headline(audit: Audit) -> str:
     """One sentence."""
     n = len(audit.facts)
     if not audit.recovered:
-        return (
-            f"Not recovered beyond chance: {len(audit.attacks)} attacks with {audit.budget} candidates each found no more of "
-            f"{_count(n, 'old answer')} than of answers that were never told."
-        )
+        return _not_recovered(audit)
     told = []
     if audit.clear:
-        most = max(audit.recall("after", name).found for name in audit.clear)
+        most = max(audit.recall("after", name).plain for name in audit.clear)
         told.append(
             f"{_titles(audit, audit.clear)} found old answers, of up to {most} of {_count(n, 'fact')}, beyond chance"
         )
     ahead = audit.standing_out("after")
-    if ahead.p is not None and ahead.p <= LEVEL:
+    if ahead.p is not None and ahead.p <= SHARE:
         told.append(
             f"for {len(ahead.facts)} of {_count(n, 'fact')} the old answer was found more readily than any decoy"
         )
     return f"Recoverable: {'; '.join(told)}."
+
+
+def _not_recovered(audit: Audit) -> str:
+    row = audit.recall("after")
+    answers = _count(len(audit.facts), "old answer")
+    by = f"{_count(len(audit.attacks), 'attack')} with {_count(audit.budget, 'candidate')} each found"
+    if not audit.can_tell:
+        decoys = sum(len(fact.decoys) for fact in audit.facts)
+        found = f"{by} {row.found} of {answers} all the same." if row.found else f"{by} none of {answers}."
+        return (
+            f"Too few facts and decoys to tell: {_count(len(audit.facts), 'fact')} with {_count(decoys, 'decoy')}"
+            + (" and as few on the control" if "control" in audit.states else "")
+            + f"; {found}"
+        )
+    if row.found:
+        return f"Not recovered beyond chance: {by} {row.found} of {answers}, which is not more than chance explains."
+    return f"Not recovered beyond chance: {by} none of {answers}."
 
 
 def verdict(audit: Audit) -> list[str]:
@@ -53,6 +67,8 @@ def verdict(audit: Audit) -> list[str]:
     )
     lines += _shown(audit)
     lines += _about_patches(audit)
+    if audit.untested:
+        lines.append(f"No attack made can tell whether it found: {', '.join(audit.untested)}.")
     if audit.left_out:
         told = "; ".join(f"{one.id} ({one.reason})" for one in audit.left_out)
         lines.append(f"Not audited: {told}.")
@@ -68,12 +84,18 @@ def verdict(audit: Audit) -> list[str]:
 def fact_verdict(audit: Audit, fact: str) -> str:
     """What was found of one fact."""
     finders = audit.finders(fact)
+    if not audit.of("after", fact=fact):
+        return "not tested: no attack made can tell whether it found the old answer"
     if not finders:
         return f"not found by {_count(len(audit.of('after', fact=fact)), 'attack')}"
     titles = {info.name: info.title for info in audit.attacks}
     told = ", ".join(f"{titles[trial.attack]} at rank {trial.rank}{_where([trial])}" for trial in finders)
     if fact in audit.standing_out("after").facts:
         return f"found, more readily than any decoy: {told}"
+    if all(trial.plain_rank is None for trial in finders):
+        return f"found, but only in another spelling, which is not held against decoys: {told}"
+    if not finders[0].decoy_ranks:
+        return f"found, with no decoy to hold it against: {told}"
     return f"found, though decoys were found as readily: {told}"
 
 

@@ -14,17 +14,8 @@ from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from factpatch.analysis.weights import (
-    Change,
-    MatrixChange,
-    Pieces,
-    block_totals,
-    eps_of,
-    gram_values,
-    in_words,
-    matrix_change,
-    rounding_noise,
-)
+from factpatch.analysis.spectra import Pieces, eps_of, gram_values, rounding_noise
+from factpatch.analysis.weights import Change, MatrixChange, block_totals, in_words, matrix_change
 from factpatch.errors import BadFile
 from factpatch.lm import load
 from factpatch.lm.catalog import CATALOG
@@ -180,13 +171,13 @@ def inspect(
     a: str | Path,
     b: str | Path,
     *,
-    rank_tolerance: float | None = None,
+    rank_tol: float | None = None,
     exact: bool = False,
     progress: Progress = silent,
 ) -> Comparison:
     """Compare two checkpoints by what `open_checkpoint` takes; for the rest see `compare`."""
     first, second = open_checkpoint(a, progress=progress), open_checkpoint(b, progress=progress)
-    return compare(first, second, names=(str(a), str(b)), rank_tolerance=rank_tolerance, exact=exact, progress=progress)
+    return compare(first, second, names=(str(a), str(b)), rank_tol=rank_tol, exact=exact, progress=progress)
 
 
 def compare(
@@ -194,17 +185,17 @@ def compare(
     b: Mapping[str, Tensor],
     *,
     names: tuple[str, str] = ("A", "B"),
-    rank_tolerance: float | None = None,
+    rank_tol: float | None = None,
     exact: bool = False,
     progress: Progress = silent,
 ) -> Comparison:
     """Compare two sets of tensors by name; two tensors and one square matrix of the shorter side are in memory at a time.
 
-    names           what the checkpoints are called
-    rank_tolerance  a singular value of a difference counts if it is more than this share of the greatest; by default if it
-                    is more than the rounding of the tensors' types could make: see `rounding_noise`
-    exact           where the types differ, compare the values as they are; else both are first rounded to the coarser type,
-                    so that a checkpoint equals itself in another type
+    names     what the checkpoints are called
+    rank_tol  a singular value of a difference counts if it is more than this share of the greatest; by default if it is more
+              than the rounding of the tensors' types could make: see `rounding_noise`
+    exact     where the types differ, compare the values as they are; else both are first rounded to the coarser type, so that
+              a checkpoint equals itself in another type
 
     The block of a tensor is the first number in its name.
     """
@@ -225,7 +216,7 @@ def compare(
         compared, entries = compared + 1, entries + old.numel()
         if old.numel() == 0 or (old.dtype == new.dtype and torch.equal(old, new)):
             continue
-        differs = _difference(name, old, new, rank_tolerance, exact=exact)
+        differs = _difference(name, old, new, rank_tol, exact=exact)
         if differs is not None:
             found.append(differs)
         elif not exact and _differ(old, new):
@@ -261,9 +252,7 @@ def compare(
     )
 
 
-def _difference(
-    name: str, old: Tensor, new: Tensor, rank_tolerance: float | None, *, exact: bool
-) -> TensorDifference | None:
+def _difference(name: str, old: Tensor, new: Tensor, rank_tol: float | None, *, exact: bool) -> TensorDifference | None:
     """What differs between two tensors of one shape; None if nothing does."""
     a, b = Pieces.held(old), Pieces.held(new)
     fine = [eps_of(old.dtype), eps_of(new.dtype)]
@@ -289,8 +278,8 @@ def _difference(
         return None
     singular, floor = gram_values(change)
     tolerance = max(floor, rounding_noise(change, [(a, eps[0]), (b, eps[1])]))
-    if rank_tolerance is not None:
-        tolerance = rank_tolerance * float(singular[0])
+    if rank_tol is not None:
+        tolerance = rank_tol * float(singular[0])
     told = matrix_change(name, _block(name), old.shape, a, change, "difference", singular, tolerance)
     return TensorDifference(**told.model_dump(), dtypes=(_plain(old.dtype), _plain(new.dtype)), not_finite=odd)
 

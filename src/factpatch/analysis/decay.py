@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 
-from factpatch.analysis.health import Monitor, Vitals
+from factpatch.analysis.health import Copies, Monitor, Vitals
 from factpatch.bench import Mode, Outcome
 from factpatch.bench.outcome import AT_EDIT, Moment
 from factpatch.bench.sequence import one_after_another
@@ -33,7 +33,7 @@ from factpatch.patches import Patch
 from factpatch.progress import Progress, silent
 from factpatch.scoring import ProtocolName, Scorecard, Scorer, ScoreRole
 
-__all__ = ["AGES", "AT", "AgeBin", "Break", "Checkpoint", "Decay", "Point", "Rule", "breaks", "sequential_decay"]
+__all__ = ["AGES", "AT", "AgeBin", "Break", "Decay", "Look", "Point", "Rule", "breaks", "kept_at", "sequential_decay"]
 
 AT = (1, 3, 10, 30, 100, 300, 1000)
 """After how many patches all edits so far are scored, by default."""
@@ -48,7 +48,7 @@ class _Value(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
-class Checkpoint(_Value):
+class Look(_Value):
     """The model after so many patches.
 
     patches  how many were asked for by then, those that the method refused among them
@@ -66,6 +66,7 @@ class Checkpoint(_Value):
 class Point(_Value):
     """One checkpoint under one protocol; None where nothing could be scored.
 
+    patches  how many were asked for by then
     edits    how many were made by then
     at_edit  success of these edits, each right after it was made
     at_end   success of the same edits at this point; all below are of the same edits and this point too
@@ -115,7 +116,7 @@ class Decay(_Value):
     fingerprint: str
     units: int
     at_edit: Scores
-    checkpoints: tuple[Checkpoint, ...]
+    checkpoints: tuple[Look, ...]
     unedited: Vitals
     refused: dict[str, str]
     fit_seconds: float
@@ -131,11 +132,11 @@ class Decay(_Value):
         """The numbers at each checkpoint."""
         return tuple(self._point(checkpoint, protocol) for checkpoint in self.checkpoints)
 
-    def _point(self, checkpoint: Checkpoint, protocol: ProtocolName) -> Point:
-        ids = [edit for patch in checkpoint.made for edit in patch]
-        now = checkpoint.scores.get(protocol, {})
+    def _point(self, look: Look, protocol: ProtocolName) -> Point:
+        ids = [edit for patch in look.made for edit in patch]
+        now = look.scores.get(protocol, {})
         return Point(
-            patches=checkpoint.patches,
+            patches=look.patches,
             edits=len(ids),
             at_edit=_mean(self.at_edit.get(protocol, {}).get("edit", {}), ids),
             at_end=_mean(now.get("edit", {}), ids),
@@ -276,16 +277,17 @@ def sequential_decay(
 
     What it costs: each patch stays on the model with a copy of the weights that it touches, so that memory grows by these
     with each edit (a matrix of 576 x 1,536 in float32: 3.5 MB, or 3.5 GB after 1,000 edits; twice that where the patch is
-    dense too, and times the number of matrices). Scoring at edit holds at most 16 states more. A checkpoint asks all probes
+    dense too, and times the number of matrices). Once the first outcome is there, a warning is logged if there will be no
+    room for the others. Scoring at edit holds at most 16 states more. A checkpoint asks all probes
     of all edits so far. Raises what the method raises for all edits, OutputError, and BadFile for a damaged result.
     """
     units = Mode("sequential").units(edits)
-    counts = sorted({count for count in checkpoints if 0 < count < len(units)} | {len(units)})
-    key = _key(lm, method, edits, scorer, monitor, counts)
+    counts = _counts(checkpoints, len(units))
     if folder is None:
         return _made(lm, method, units, scorer, monitor, counts, _Log(None), progress)
-    name = f"{method.name}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]}"
-    path, unfinished = folder / f"{name}.json", folder / f"{name}.unfinished"
+    key = _key(lm, method, edits, scorer, monitor, counts)
+    path = folder / _name(method, key)
+    unfinished = path.with_suffix(".unfinished")
     if path.is_file():
         return _read(path)
     with _held(unfinished):
@@ -298,11 +300,34 @@ def sequential_decay(
     return found
 
 
+def kept_at(
+    lm: BaseLM,
+    method: Method[Any],
+    edits: Sequence[Edit],
+    scorer: Scorer,
+    monitor: Monitor,
+    checkpoints: Collection[int],
+    folder: Path,
+) -> Path:
+    """The file in which `sequential_decay` keeps the result of the same arguments, whether it is there or not."""
+    counts = _counts(checkpoints, len(Mode("sequential").units(edits)))
+    return folder / _name(method, _key(lm, method, edits, scorer, monitor, counts))
+
+
+def _counts(checkpoints: Collection[int], units: int) -> list[int]:
+    return sorted({count for count in checkpoints if 0 < count < units} | {units})
+
+
+def _name(method: Method[Any], key: Mapping[str, Any]) -> str:
+    return f"{method.name}-{_digest(key)[:12]}.json"
+
+
 def _key(
     lm: BaseLM, method: Method[Any], edits: Sequence[Edit], scorer: Scorer, monitor: Monitor, counts: Sequence[int]
 ) -> dict[str, Any]:
-    """All that decides the numbers, but for the packages."""
+    """All that decides the numbers, but for the packages it is built on."""
     return {
+        "factpatch": version("factpatch"),
         "method": method.name,
         "config": method.resolve(lm).model_dump(mode="json"),
         "fingerprint": lm.fingerprint,
@@ -353,8 +378,10 @@ def _made(
 ) -> Decay:
     method.prepare(lm, progress)
     scorer.baseline([edit for unit in units for edit in unit], progress)
+    copies = Copies(lm, method.name, len(units))
     for outcome in one_after_another(lm, method, units, scorer, counts, progress, log):
-        # While a whole sequence's outcome is told, the model is as it was scored.
+        # While an outcome is told, the patches made so far lie on the model; when it is a whole sequence's, as it was scored.
+        copies.look()
         log.add(outcome, monitor.vitals() if outcome.moment != AT_EDIT else None)
     rows = sorted(log.rows.values(), key=lambda row: row.number)
     at_edit = [row for row in rows if row.moment == AT_EDIT]
@@ -368,7 +395,7 @@ def _made(
         units=len(units),
         at_edit={name: _joined(row.scores.get(name, {}) for row in made) for name in names},
         checkpoints=tuple(
-            Checkpoint(
+            Look(
                 patches=row.number + 1,
                 made=tuple(each.edits for each in made if each.number <= row.number),
                 scores=row.scores,

@@ -6,29 +6,46 @@ Perplexity follows what is lost in downstream tasks at a small part of their cos
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
 from torch import Tensor
 
+from factpatch.analysis.spectra import as_matrix
 from factpatch.bench import Failure, Mode
 from factpatch.bench.sequence import laid_in_turn
 from factpatch.data.questions import guard_questions, guard_texts
 from factpatch.edits import Edit, Probe
 from factpatch.lm import LM, BaseLM
 from factpatch.methods import Method
-from factpatch.patches import Patch
+from factpatch.patches import Patch, WeightPatch
 from factpatch.progress import Progress, silent
 from factpatch.scoring import Retained
 from factpatch.scoring.guard import ANSWER_TOKENS, perplexity
 from factpatch.scoring.retained import retained
 
-__all__ = ["Check", "Health", "Monitor", "Sign", "Verdict", "Vitals", "Watched", "check", "edit_until_sick", "judge"]
+__all__ = [
+    "Check",
+    "Copies",
+    "Health",
+    "Monitor",
+    "Sign",
+    "Verdict",
+    "Vitals",
+    "Watched",
+    "check",
+    "edit_until_sick",
+    "judge",
+]
+
+_log = logging.getLogger("factpatch")
 
 
 class _Value(BaseModel):
@@ -219,7 +236,53 @@ def _weights(lm: BaseLM) -> dict[str, Tensor]:
 
 
 def _squared(tensor: Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
+    """In float64 from the norms of rows in float32, which every device knows: Apple's has no float64."""
+    rows = torch.linalg.vector_norm(as_matrix(tensor), dim=1, dtype=torch.float32)
+    return float(rows.cpu().double().square().sum())
+
+
+class Copies:
+    """Foresees whether the copies of weights that a sequence keeps will have room; made before its first patch.
+
+    Each patch points the weights it touches at copies of its own, and all stay until the end.
+    """
+
+    def __init__(self, lm: BaseLM, method: str, units: int) -> None:
+        self.lm, self.method, self.units = lm, method, units
+        self.beneath = len(lm.patches)
+        self.at: dict[str, int] | None = {name: weight.data_ptr() for name, weight in _weights(lm).items()}
+
+    def look(self) -> None:
+        """Log a warning, once, if as many more patches as are to come, each like the last one, have no room."""
+        if self.at is None:
+            return
+        each = sum(weight.nbytes for name, weight in _weights(self.lm).items() if weight.data_ptr() != self.at[name])
+        if not each:
+            return
+        self.at = None
+        top = self.lm.patches[-1]
+        if isinstance(top, WeightPatch):
+            # A change that is written out lies beside the copy it made.
+            tensors = (t for delta in top.deltas.values() for t in delta.parts().values())
+            each += sum(t.nbytes for t in tensors if t.device.type == _place(self.lm).type)
+        free, need = _free(_place(self.lm)), each * (self.units - (len(self.lm.patches) - self.beneath))
+        if need > free:
+            _log.warning(
+                f"{self.method}: each patch keeps {each / 1e6:,.0f} MB of weights until the sequence is over; "
+                f"those still to come would take {need / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free.\n"
+                "  Make fewer edits; change one block instead of several, with a method or settings that do; "
+                "or make several edits with one patch, by giving them the same group."
+            )
+
+
+def _place(lm: BaseLM) -> torch.device:
+    assert isinstance(lm, LM)
+    return lm.device
+
+
+def _free(place: torch.device) -> int:
+    """Memory that is free where a model lies, in bytes."""
+    return int(torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else psutil.virtual_memory().available)
 
 
 def check(lm: BaseLM, limits: Health | None = None, **watched: Any) -> Verdict:
@@ -283,14 +346,15 @@ def edit_until_sick(
 
     monitor  one that knows the model already; by default one with `limits` is made. Raises ValueError if both are given.
 
-    All patches lie on the model until the end, and each holds a copy of the weights that it touches.
+    All patches lie on the model until the end, and each holds a copy of the weights that it touches; after the first one a
+    warning is logged if there will be no room for the others.
     """
     if every < 1 or (limits is not None and monitor is not None):
         raise ValueError("expected every >= 1, and either limits or a monitor")
     units = Mode("sequential").units(edits)
     method.prepare(lm, progress)
     watch = Monitor(lm, limits, progress=progress) if monitor is None else monitor
-    run = _Run(lm, watch)
+    run, copies = _Run(lm, watch), Copies(lm, method.name, len(units))
     run.look(0)
     if run.well is not None:
         with closing(laid_in_turn(lm, method, units, progress)) as turns:
@@ -300,6 +364,7 @@ def edit_until_sick(
                     run.failures += [Failure(edit.id, reason) for edit in laid.edits]
                 else:
                     run.add(laid.patch, laid.edits)
+                    copies.look()
                 is_last = laid.number + 1 == len(units)
                 due = len(run.patches) - max(run.looks) >= (1 if is_last else every)
                 if due and not run.look(len(run.patches)).healthy:

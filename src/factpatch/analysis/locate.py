@@ -1,4 +1,4 @@
-"""Which block to edit: a sweep over held-out facts, beside what causal tracing suggests.
+"""Which block to edit: a sweep over a few facts, beside what causal tracing suggests.
 
 Tracing says where restoring a state brings a fact back; whether a fact is best edited there is another question, and the
 two were found to be nearly unrelated (Hase et al. 2023, arXiv 2301.04213). So the choice is made by editing, and tracing's
@@ -31,7 +31,7 @@ from factpatch.analysis.tracing import ROLES, average, suggested_layer, trace_al
 from factpatch.bench.singles import each_alone, make
 from factpatch.data import read
 from factpatch.edits import Edit, Role
-from factpatch.errors import BadConfig, CannotEdit, SingularMoment
+from factpatch.errors import AnatomyError, BadConfig, CannotEdit, SingularMoment
 from factpatch.files import cache_root, whole_file
 from factpatch.lm import LM
 from factpatch.methods import Method, create, located
@@ -67,6 +67,8 @@ _SUBJECT_END = ROLES.index("last subject token")
 _MOST_PLACES = 16
 """In the first, coarse round, where nobody says otherwise."""
 _RESAMPLES = 1000
+_ASKED_AT_ONCE = 64
+"""Facts that the model is asked whether it knows them, until enough are known."""
 _MOMENTS_AT_ONCE = 2 << 30
 """Bytes that the sums of second moments gathered in one pass may take."""
 
@@ -171,6 +173,11 @@ class Located(_Result):
         return next((place for place in self.places if place.layers == self.chosen), None)
 
     @property
+    def preliminary(self) -> bool:
+        """Whether the choice rests on little: the time was over, or there was a single fact, or a single place, to try."""
+        return not self.complete or len(self.facts) < 2 or len(self.places) < 2
+
+    @property
     def at_suggestion(self) -> Place | None:
         """Of the places tried, the one around the block that tracing suggests; None if none holds it."""
         if self.traced is None:
@@ -188,7 +195,7 @@ def locate(
     layers: Sequence[int] | None = None,
     limit: int = FACTS,
     traced: int = TRACED,
-    budget: float | None = None,
+    seconds: float | None = None,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Located:
@@ -204,11 +211,14 @@ def locate(
             then those around the best, and what tracing suggests
     limit   how many facts are edited at each place. With few, neighbouring blocks cannot be told apart: see `support`
     traced  how many facts are traced; 0 for none
-    budget  seconds after which no other place is begun; none by default
+    seconds  time after which no other place is begun; none by default
     seed    decides which facts are drawn, and the noise of tracing
 
+    Tracing asks in the way in which the method edits, plainly or in the chat template. A place without an MLP of its own,
+    such as a mixture of experts, is told as refused.
+
     Raises CannotEdit if the method can make none of these edits or chooses no block; BadConfig for blocks that are not
-    there or settings at odds with a sweep; AnatomyError, OutputError (the cache).
+    there or settings at odds with a sweep; AnatomyError, TokenizerError, OutputError (the cache).
     """
     maker = create(method) if isinstance(method, str) else method
     field = _field(maker)
@@ -219,20 +229,22 @@ def locate(
         sweep = _Sweep(lm, maker, field, facts, progress)
         if layers is not None:
             sweep.check(layers)
-        traced_layers, untraced = _traced(lm, pool, traced, seed, progress)
+        traced_layers, untraced = _traced(lm, pool, traced, seed, maker.config.chat, progress)
         suggested = None if traced_layers is None else traced_layers.suggested
-        complete = sweep.run(layers, suggested, None if budget is None else started + budget)
+        complete = sweep.run(layers, suggested, None if seconds is None else started + seconds)
     return _result(sweep, seed, traced_layers, untraced, complete=complete)
 
 
 def keep(lm: LM, found: Located) -> Path | None:
-    """Keep the choice for models nobody has tuned, as `methods.located` says; where, or None if nothing was chosen.
+    """Keep the choice for models nobody has tuned, as `methods.located` says; where, or None if it is not kept.
 
-    Raises OutputError.
+    It is not if nothing was chosen, or if it is preliminary and there is a choice for this method already. Raises
+    OutputError.
     """
     if found.chosen is None:
         return None
-    return located.keep(lm, found.method, Choice(layers=found.chosen, made=found.model_dump(mode="json")))
+    choice = Choice(layers=found.chosen, made=found.model_dump(mode="json"))
+    return located.keep(lm, found.method, choice, replace=not found.preliminary)
 
 
 class _Trial(_Result):
@@ -256,6 +268,12 @@ class _Trial(_Result):
             return success
         parts = [success, *(value for value in others if value is not None)]
         return len(parts) / sum(1 / max(_LEAST, value) for value in parts)
+
+
+class _Known(_Result):
+    """Facts of a pool that the model knows: prompt, subject and answer."""
+
+    facts: tuple[tuple[str, str, str], ...]
 
 
 class _Window(_Result):
@@ -345,7 +363,7 @@ class _Sweep:
             self.scorer.baseline(self.facts, self.progress)
             units = {i: [fact] for i, fact in enumerate(self.facts)}
             outcomes = list(each_alone(self.lm, method, units, self.scorer, progress))
-        except (BadConfig, CannotEdit, SingularMoment) as error:
+        except (AnatomyError, BadConfig, CannotEdit, SingularMoment) as error:
             # Not kept: what is wrong with the settings or the corpus may be mended without changing either's name.
             return _Trial(layers=layers, by_fact={}, refused=dict.fromkeys(self.ids, str(error)), seconds=0.0)
         cards = [outcome.card for outcome in outcomes if outcome.card is not None]
@@ -361,10 +379,14 @@ class _Sweep:
     def _with_moments(self, starts: Sequence[int], until: float | None) -> Iterator[Sequence[int]]:
         """The same places, in turns whose second moments are gathered in one pass each, where the method needs any."""
         config = self.method.resolve(self.lm)
-        if not (starts and isinstance(config, MomentConfig) and getattr(config, "covariance", True)):
+        if not (isinstance(config, MomentConfig) and getattr(config, "covariance", True)):
             yield starts
             return
-        width = self.lm.anatomy.mlp_out(0).matrix.shape[1]
+        widths = {start: self._width(start) for start in starts}
+        if without := [start for start in starts if widths[start] is None]:
+            yield without  # the method says what is wrong there
+        starts = [start for start in starts if start not in without]
+        width = max((width for width in widths.values() if width is not None), default=1)
         at_once = max(1, _MOMENTS_AT_ONCE // (8 * width * width * len(self.offsets)))
         for i in range(0, len(starts), at_once):
             if until is not None and self.trials and time.monotonic() >= until:
@@ -374,6 +396,13 @@ class _Sweep:
                 self.lm, sorted({start + each for start in chunk for each in self.offsets}), config, self.progress
             )
             yield chunk
+
+    def _width(self, start: int) -> int | None:
+        """Of the MLPs of a place; None where a block has none of its own."""
+        try:
+            return max(self.lm.anatomy.mlp_out(start + each).matrix.shape[1] for each in self.offsets)
+        except AnatomyError:
+            return None
 
     def _offsets(self) -> tuple[int, ...]:
         """The blocks of a place, counted from its first."""
@@ -438,7 +467,7 @@ def _field(method: Method[Any]) -> PlaceField:
         )
     if isinstance(method, Learned):
         raise CannotEdit(
-            f"{method.name} learns an editor for the blocks that it edits, from the very facts that a sweep would hold out.\n"
+            f"{method.name} learns an editor for the blocks that it edits, so that it cannot be tried at others.\n"
             "  Choose a method that edits without one: factpatch methods"
         )
     if field == "layer" and field in method.config.model_fields_set and method.config.layer is not None:
@@ -464,31 +493,61 @@ def _drawn(method: Method[Any], pool: Sequence[Edit], limit: int, seed: int) -> 
     return tuple(random.Random(seed).sample(usable, min(limit, len(usable))))  # noqa: S311 - a fair draw, no secret
 
 
-def _traced(lm: LM, pool: Sequence[Edit], count: int, seed: int, progress: Progress) -> tuple[Traced | None, str]:
+def _traced(
+    lm: LM, pool: Sequence[Edit], count: int, seed: int, chat: bool, progress: Progress
+) -> tuple[Traced | None, str]:
     """Tracing over facts that the model knows; or why there is none."""
     if not count:
         return None, "not asked for"
     askable = [edit for edit in pool if edit.subject is not None and edit.ground_truth]
-    known = known_facts(lm, askable) if askable else []
-    if not known:
+    facts = _known(lm, askable, count, seed, chat, progress)
+    if not facts:
         return None, f"the model knows none of the {len(askable)} facts"
-    facts = random.Random(seed).sample(known, min(count, len(known)))  # noqa: S311
     key = _about(lm) | {
         "what": "trace",
         "facts": [[fact.prompt, fact.subject, fact.answer] for fact in facts],
         "samples": SAMPLES,
         "seed": seed,
+        "chat": chat,
         "factpatch": version("factpatch"),
     }
     kept = _read(key, Traced)
     if kept is None:
-        kept = _trace(lm, facts, seed, progress)
+        kept = _trace(lm, facts, seed, chat, progress)
         _write(key, kept)
     return kept, ""
 
 
-def _trace(lm: LM, facts: Sequence[Fact], seed: int, progress: Progress) -> Traced:
-    found = average(trace_all(lm, facts, part="mlp", samples=SAMPLES, seed=seed, progress=progress))
+def _known(lm: LM, askable: Sequence[Edit], count: int, seed: int, chat: bool, progress: Progress) -> list[Fact]:
+    """So many facts that the model knows, drawn by the seed; of a great pool no more are asked than it takes."""
+    if not askable:
+        return []
+    key = _about(lm) | {
+        "what": "known",
+        "pool": _hash_of(askable),
+        "count": count,
+        "seed": seed,
+        "chat": chat,
+        "factpatch": version("factpatch"),
+    }
+    kept = _read(key, _Known)
+    if kept is None:
+        order = random.Random(seed).sample(askable, len(askable))  # noqa: S311
+        found: dict[str, Fact] = {}
+        for start in range(0, len(order), _ASKED_AT_ONCE):
+            progress("Asking what the model knows", start, len(order))
+            for fact in known_facts(lm, order[start : start + _ASKED_AT_ONCE], chat=chat):
+                found.setdefault(fact.prompt, fact)
+            if len(found) >= count:
+                break
+        progress("Asking what the model knows", len(order), len(order))
+        kept = _Known(facts=tuple((fact.prompt, fact.subject, fact.answer) for fact in list(found.values())[:count]))
+        _write(key, kept)
+    return [Fact(*each) for each in kept.facts]
+
+
+def _trace(lm: LM, facts: Sequence[Fact], seed: int, chat: bool, progress: Progress) -> Traced:
+    found = average(trace_all(lm, facts, part="mlp", samples=SAMPLES, seed=seed, chat=chat, progress=progress))
     return Traced(
         part=found.part,
         window=found.window,
@@ -542,9 +601,13 @@ def _result(sweep: _Sweep, seed: int, traced: Traced | None, untraced: str, *, c
 
 
 def _best(trials: Sequence[_Trial], facts: Sequence[str]) -> _Trial | None:
-    """What RULE chooses; None where no place has a score above 0."""
+    """What RULE chooses over these facts, which may repeat; None where no place has a score above 0."""
     scored = [(trial, score) for trial in trials if (score := trial.score(facts))]
-    best = min(scored, key=lambda each: (len(each[0].refused), -each[1], each[0].layers), default=None)
+    best = min(
+        scored,
+        key=lambda each: (sum(fact in each[0].refused for fact in facts), -each[1], each[0].layers),
+        default=None,
+    )
     return None if best is None else best[0]
 
 

@@ -16,8 +16,8 @@ chain      a fact and a question that goes through it, such as a city's country 
            relevance
 entity     facts of one entity with other relations; beside `chain`, the survey's case study in numbers
 relation   facts of one relation about other entities, with other answers
-answer     facts of other relations about other entities with the same first token of the answer; a control, for a
-           method may find what is said rather than why
+answer     facts of other relations about other entities with the same answer; a control, for a method may find what is
+           said rather than why
 
 What is compared of each fact, by measure:
 
@@ -55,20 +55,20 @@ from importlib.resources import files
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from factpatch.analysis.facts import Fact, known_facts
-from factpatch.analysis.tracing import ROLES, Part, average, trace_all
+from factpatch.analysis.facts import Fact, from_telling, known_facts
+from factpatch.analysis.tracing import ROLES, Part, average, encoded_fact, trace_all
+from factpatch.bench.singles import make
 from factpatch.edits import Edit, Texts, first_problem
-from factpatch.errors import BadFile, BadRecord, CannotEdit
+from factpatch.errors import AnatomyError, BadFile, BadRecord, CannotEdit
 from factpatch.lm import LM
-from factpatch.lm.batches import Batch, by_rows
-from factpatch.lm.batches import Places as Positions
+from factpatch.lm.batches import Batch, Places, by_rows
 from factpatch.lm.hooks import reading
 from factpatch.lm.predictions import predict
 from factpatch.lm.run import logits_at
@@ -77,19 +77,21 @@ from factpatch.methods.kn import attributions
 from factpatch.patches import Patch, WeightPatch
 from factpatch.patches.delta import Delta
 from factpatch.progress import Progress, part, silent
+from factpatch.scoring.metrics import normalise
 
 __all__ = [
     "LEVELS",
     "MEASURES",
-    "Comparison",
     "Group",
     "Level",
-    "Located",
+    "LevelComparison",
     "Measure",
-    "Places",
+    "PlacesReport",
     "Triple",
+    "Unread",
     "ValueReading",
-    "compare",
+    "Wording",
+    "compare_levels",
     "compare_places",
     "cosine",
     "counterfacts",
@@ -131,10 +133,10 @@ class Triple:
 
 
 @dataclass(frozen=True, slots=True)
-class Located:
+class Wording:
     """A wording of a fact that the model knows.
 
-    token  the first of its answer
+    token  the first of its answer that tells something
     first  whether it is the first wording of the fact that the model knows; levels other than `wording` compare these
     """
 
@@ -165,7 +167,7 @@ class Group(_Value):
     outside: float
 
 
-class Comparison(_Value):
+class LevelComparison(_Value):
     """How alike the places of facts that belong together are, by one measure, at one level.
 
     groups  at least one
@@ -220,7 +222,15 @@ class ValueReading(_Value):
     output_after: int
 
 
-class Places(_Value):
+class Unread(_Value):
+    """An edit whose changed values could not be read, and why."""
+
+    method: str
+    edit: str
+    reason: str
+
+
+class PlacesReport(_Value):
     """What was found of where facts are.
 
     asked        facts in the table
@@ -233,6 +243,7 @@ class Places(_Value):
     top          layers taken as found by tracing
     comparisons  for each measure, each level at which something could be compared
     values       for each method and edit, what the changed values say
+    unread       edits that a method refused, or that changed nothing
     """
 
     model: str
@@ -247,8 +258,9 @@ class Places(_Value):
     threshold: float
     top: int
     seed: int
-    comparisons: tuple[Comparison, ...]
+    comparisons: tuple[LevelComparison, ...]
     values: tuple[ValueReading, ...] = ()
+    unread: tuple[Unread, ...] = ()
 
 
 # What is read ----------------------------------------------------------------------------------------------------------
@@ -258,7 +270,7 @@ class _Table(_Value):
     """A file of facts: wordings by relation with {} for the entity, the answers by entity, and which relations chain."""
 
     relations: dict[str, Texts]
-    facts: dict[str, dict[str, Texts]]
+    facts: dict[str, dict[str, Annotated[Texts, Field(min_length=1)]]]
     chains: dict[str, str] = Field(default_factory=dict)
 
 
@@ -299,15 +311,15 @@ def read_triples(path: Path | None = None) -> list[Triple]:
 
 def known_triples(
     lm: LM, triples: Sequence[Triple], limit: int | None = None, wordings: int | None = None
-) -> list[Located]:
-    """The wordings at which the model gives the answer's first token: the first so many of the first so many facts."""
+) -> list[Wording]:
+    """The wordings at which the model gives the answer (see `says`): the first so many of the first so many facts."""
     asked = [
         Edit(id=prompt, prompt=prompt, subject=each.entity, target=each.answers[0], ground_truth=each.answers)
         for each in triples
         for prompt in each.prompts
     ]
     known = {(fact.prompt, fact.subject): fact for fact in known_facts(lm, asked)}
-    found: list[Located] = []
+    found: list[Wording] = []
     facts = 0
     for each in triples:
         said = [known[prompt, each.entity] for prompt in each.prompts if (prompt, each.entity) in known]
@@ -315,10 +327,9 @@ def known_triples(
         if not own or (limit is not None and facts >= limit):
             continue
         facts += 1
-        texts = lm.encode([fact.prompt for fact in own], [fact.answer for fact in own])
         found += [
-            Located(fact, each.relation, text.target_ids[0], i == 0, each.via)
-            for i, (fact, text) in enumerate(zip(own, texts, strict=True))
+            Wording(fact, each.relation, encoded_fact(lm, fact).target_ids[0], i == 0, each.via)
+            for i, fact in enumerate(own)
         ]
     return found
 
@@ -353,11 +364,11 @@ def relative_similarity(inside: float, outside: float) -> float:
     return max((inside - outside) / (1 - outside), 0.0) if outside < 1 else 0.0
 
 
-def _unrelated(one: Located, other: Located) -> bool:
+def _unrelated(one: Wording, other: Wording) -> bool:
     return one.entity != other.entity and one.relation != other.relation and one.token != other.token
 
 
-def _chained(one: Located, other: Located) -> bool:
+def _chained(one: Wording, other: Wording) -> bool:
     return one.via == other.relation or other.via == one.relation
 
 
@@ -365,8 +376,8 @@ def _chained(one: Located, other: Located) -> bool:
 class _Rule:
     """What a level compares: results with the same name, in pairs that match."""
 
-    name: Callable[[Located], str]
-    match: Callable[[Located, Located], bool]
+    name: Callable[[Wording], str]
+    match: Callable[[Wording, Wording], bool]
     wordings: bool = False
 
 
@@ -377,20 +388,23 @@ _RULES: dict[Level, _Rule] = {
         lambda x: x.entity, lambda x, y: x.relation != y.relation and x.via is None and y.via is None
     ),
     "relation": _Rule(lambda x: x.relation, lambda x, y: x.entity != y.entity and x.token != y.token),
-    "answer": _Rule(lambda x: str(x.token), lambda x, y: x.entity != y.entity and x.relation != y.relation),
+    # The token alone will not do: many numbers begin with one digit.
+    "answer": _Rule(
+        lambda x: f"{x.token} {normalise(x.fact.answer)}", lambda x, y: x.entity != y.entity and x.relation != y.relation
+    ),
 }  # fmt: skip
 
 
-def compare(
-    measure: Measure, alike: Float[Tensor, "results results"], located: Sequence[Located]
-) -> tuple[Comparison, ...]:
+def compare_levels(
+    measure: Measure, alike: Float[Tensor, "results results"], located: Sequence[Wording]
+) -> tuple[LevelComparison, ...]:
     """Sort how alike results are by level; a level, or a group, without pairs of either kind is left out."""
     table = alike.tolist()
     firsts = [i for i, one in enumerate(located) if one.first]
     outside = {
         i: [table[i][j] for j in firsts if _unrelated(one, located[j])] for i, one in enumerate(located)
     }  # fmt: skip
-    found: list[Comparison] = []
+    found: list[LevelComparison] = []
     for level, rule in _RULES.items():
         members: defaultdict[str, list[int]] = defaultdict(list)
         for i, one in enumerate(located):
@@ -405,20 +419,20 @@ def compare(
                 shown = located[own[0]].fact.answer if level == "answer" else name
                 groups.append(Group(name=shown, pairs=len(pairs), inside=inside, outside=fmean(among)))
         if groups:
-            found.append(Comparison(measure=measure, level=level, groups=tuple(groups)))
+            found.append(LevelComparison(measure=measure, level=level, groups=tuple(groups)))
     return tuple(found)
 
 
 # Locating --------------------------------------------------------------------------------------------------------------
 
 
-def _attributed(lm: LM, located: Sequence[Located], steps: int, progress: Progress) -> Float[Tensor, "results places"]:
+def _attributed(lm: LM, located: Sequence[Wording], steps: int, progress: Progress) -> Float[Tensor, "results places"]:
     """Attributions of all neurons of all blocks, a row for each fact; on the CPU."""
     layers = range(lm.anatomy.n_layers)
     rows = []
     for i, one in enumerate(located):
-        (text,) = lm.encode([one.fact.prompt])
-        found = attributions(lm, layers, text.ids, one.token, steps, part(progress, i, len(located)))
+        ids = encoded_fact(lm, one.fact).prompt_ids
+        found = attributions(lm, layers, ids, one.token, steps, part(progress, i, len(located)))
         rows.append(found.flatten().cpu())
     return torch.stack(rows)
 
@@ -450,7 +464,7 @@ def compare_places(
     samples: int = 10,
     seed: int = 0,
     progress: Progress = silent,
-) -> Places:
+) -> PlacesReport:
     """Locate facts by attribution and by tracing, and compare the places found; see the module for the measures.
 
     methods    whose changed values are read, on so many `edits` that give a fact another fact's answer
@@ -462,15 +476,19 @@ def compare_places(
     top        so many layers count as found by tracing
     samples    of noise in tracing
 
-    Raises BadFile if the model knows too little of the facts for any comparison; AnatomyError; what tracing and the
-    methods raise.
+    Values are read first, since that may fail. Raises BadFile if the model knows too little of the facts for any comparison;
+    AnatomyError; CannotEdit for a method that changes no MLP output projection; what tracing and the methods raise.
     """
+    for method in methods:
+        _check_readable(method)
     located = known_triples(lm, triples, limit, wordings)
     if not any(_unrelated(one, other) for one, other in combinations(located, 2)):
         raise BadFile(
             f"{lm.name} knows {sum(one.first for one in located)} of these {len(triples)} facts, no two of which are "
             "unrelated, so nothing can be compared.\n  Give facts that it knows, about several entities: --facts FILE"
         )
+    changed = counterfacts(located)[:edits]
+    read = [read_values(lm, method, changed, progress) for method in methods]
     found = _attributed(lm, located, steps, progress)
     traces = trace_all(
         lm, [one.fact for one in located], part=traced, samples=samples, seed=seed, progress=progress
@@ -483,8 +501,7 @@ def compare_places(
         "layers": overlap(_highest(maps[:, ROLES.index("last subject token")], top)),
         "maps": cosine(maps.flatten(1)),
     }
-    changed = counterfacts(located)[:edits]
-    return Places(
+    return PlacesReport(
         model=lm.name,
         fingerprint=lm.fingerprint,
         asked=len(triples),
@@ -497,15 +514,16 @@ def compare_places(
         threshold=threshold,
         top=top,
         seed=seed,
-        comparisons=tuple(one for measure, table in alike.items() for one in compare(measure, table, located)),
-        values=tuple(value for method in methods for value in read_values(lm, method, changed, progress)),
+        comparisons=tuple(one for measure, table in alike.items() for one in compare_levels(measure, table, located)),
+        values=tuple(value for values, _ in read for value in values),
+        unread=tuple(edit for _, edits_left in read for edit in edits_left),
     )
 
 
 # What the changed values say -------------------------------------------------------------------------------------------
 
 
-def counterfacts(located: Sequence[Located]) -> list[Edit]:
+def counterfacts(located: Sequence[Wording]) -> list[Edit]:
     """For each fact, chains apart, an edit that gives it the answer of the next fact of its relation with another one."""
     firsts = [one for one in located if one.first and one.via is None]
     found: list[Edit] = []
@@ -527,22 +545,30 @@ def counterfacts(located: Sequence[Located]) -> list[Edit]:
 @torch.no_grad()
 def read_values(
     lm: LM, method: Method[Any], edits: Sequence[Edit], progress: Progress = silent
-) -> tuple[ValueReading, ...]:
+) -> tuple[tuple[ValueReading, ...], tuple[Unread, ...]]:
     """Make each edit alone, and read through the final norm and the head what it changed in the MLPs' output projections.
 
     Two things are read, each before and after: the five columns of these matrices that change most (greatest norm of the
     change, over all blocks), and what the MLP puts out where this changes most while the prompt is read. The columns are
-    read as if their neurons fired positively, which need not be so; the output tells what comes of them. Raises CannotEdit
-    if the method changes no such matrix, and what `fit` raises.
+    read as if their neurons fired positively, which need not be so; the output tells what comes of them. What the method
+    refuses is told apart. Raises CannotEdit if it changes no such matrix by its nature, and what else `fit` raises.
     """
+    _check_readable(method)
     found: list[ValueReading] = []
+    unread: list[Unread] = []
     for i, edit in enumerate(edits):
         progress(f"Editing with {method.name}", i, len(edits))
         with torch.enable_grad():
-            patch = method.fit(lm, [edit])
+            patch, outcome = make(lm, method, [edit])
+        if patch is None:
+            unread.append(Unread(method=method.name, edit=edit.id, reason=outcome.reason))
+            continue
         deltas = _changes(lm, patch, method.name)
         places, layers = _most_changed(deltas), list(deltas)
-        (text,) = lm.encode([edit.prompt], [edit.target])
+        if not places:
+            unread.append(Unread(method=method.name, edit=edit.id, reason="it changed nothing"))
+            continue
+        text = from_telling(lm, lm.encode([edit.prompt], [edit.target])[0])
         before, outputs = _values(lm, places), _outputs(lm, layers, text.prompt_ids)
         with lm.patched(patch):
             after, changed = _values(lm, places), _outputs(lm, layers, text.prompt_ids)
@@ -568,7 +594,20 @@ def read_values(
             )
         )
     progress(f"Editing with {method.name}", len(edits), len(edits))
-    return tuple(found)
+    return tuple(found), tuple(unread)
+
+
+def _check_readable(method: Method[Any]) -> None:
+    """Raise CannotEdit if the method changes no weights, and so no values."""
+    if method.traits.patch is not WeightPatch:
+        raise _no_values(method.name)
+
+
+def _no_values(name: str) -> CannotEdit:
+    return CannotEdit(
+        f"{name} changes no MLP output projection, so there are no value vectors to read.\n"
+        "  Choose a method that does; see the column 'needs' of: factpatch methods"
+    )
 
 
 def _changes(lm: LM, patch: Patch, name: str) -> dict[int, Float[Tensor, "hidden inter"]]:
@@ -576,15 +615,15 @@ def _changes(lm: LM, patch: Patch, name: str) -> dict[int, Float[Tensor, "hidden
     deltas: Mapping[str, Delta] = patch.deltas if isinstance(patch, WeightPatch) else {}
     found: dict[int, Tensor] = {}
     for layer in range(lm.anatomy.n_layers) if deltas else ():
-        projection = lm.anatomy.mlp_out(layer)
+        try:
+            projection = lm.anatomy.mlp_out(layer)
+        except AnatomyError:  # a mixture of experts, among blocks that are none
+            continue
         if (delta := deltas.get(projection.parameter)) is not None:
             full = delta.full().float().cpu()
             found[layer] = full.T if projection.transposed else full
     if not found:
-        raise CannotEdit(
-            f"{name} changes no MLP output projection, so there are no value vectors to read.\n"
-            "  Choose a method that does; see the column 'needs' of: factpatch methods"
-        )
+        raise _no_values(name)
     return found
 
 
@@ -613,7 +652,7 @@ def _outputs(lm: LM, layers: Sequence[int], ids: Sequence[int]) -> Float[Tensor,
     with ExitStack() as stack:
         for layer in layers:
             stack.enter_context(reading(lm.anatomy.mlp_out(layer).module, see(layer)))
-        logits_at(lm, Batch.of([ids], lm.device), Positions.of([[len(ids) - 1]], lm.device))
+        logits_at(lm, Batch.of([ids], lm.device), Places.of([[len(ids) - 1]], lm.device))
     return torch.stack([seen[layer] for layer in layers])
 
 

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from factpatch.analysis.facts import Fact
+from factpatch.analysis.facts import Fact, from_telling
 from factpatch.data import read
 from factpatch.errors import AnatomyError, BadConfig
 from factpatch.lm import LM
@@ -75,14 +75,15 @@ _ENOUGH_TOKENS = 128
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trace:
-    """Where one fact is, by one part; probabilities of the first token of the answer.
+    """Where one fact is, by one part; probabilities of the first token of the answer that tells something.
 
     window     how many blocks are restored together, those centred on one; clipped to the stack
-    tokens     the prompt's tokens as text
+    tokens     the prompt's tokens as text; those of the answer before the one asked for, such as a bare space, are the last
     subject    index of the subject's first token, and one past its last
     clean      unharmed
     corrupted  with noise, mean over samples
     restored   with noise, but for that token and block, mean over the same samples; float32 on the CPU
+    asked      the token whose probability it is, as text
     """
 
     fact: Fact
@@ -93,6 +94,7 @@ class Trace:
     clean: float
     corrupted: float
     restored: Float[Tensor, "tokens layers"]
+    asked: str = ""
 
     @property
     def effects(self) -> Float[Tensor, "tokens layers"]:
@@ -131,6 +133,7 @@ def trace(
     samples: int = 10,
     noise: float = 3.0,
     seed: int = 0,
+    chat: bool = False,
     progress: Progress = silent,
 ) -> Trace:
     """The answer's probability with each place restored in turn; the model is left as it is.
@@ -139,6 +142,7 @@ def trace(
     window   how many blocks together; default: see `usual_window`
     samples  draws of noise, the same for all places
     noise    its standard deviation, in those of subject tokens' embeddings; see `subject_noise`
+    chat     put the prompt into the model's chat template
 
     The fact need not be one that the model knows: `clean` tells. Raises TokenizerError if the subject is not in the prompt or
     the text is too long, BadConfig for settings out of bounds, AnatomyError where a block lacks the part.
@@ -146,31 +150,35 @@ def trace(
     layers = lm.anatomy.n_layers
     window = usual_window(part, layers) if window is None else window
     _check(part, window, samples, noise)
-    text = encoded_fact(lm, fact)
+    whole = _encoded(lm, fact, chat=chat)
+    text = from_telling(lm, whole)
     first, end = _span(text)
     draws = subject_noise(lm, text, samples=samples, noise=noise, seed=seed)
     sites = [_site(lm, part, layer) for layer in range(layers)]
     tokens = len(text.prompt_ids)
     corrupted, restored = 0.0, torch.zeros(tokens, layers)
     with torch.no_grad(), evaluating(lm.model):
-        question = _Question(lm, text, resumes=can_resume(lm))
+        question = _Question(lm, text, prompt=whole.target, resumes=can_resume(lm))
         clean, kept = question.clean(sites)
         chunks = torch.split(draws, max(1, BATCH_TOKENS // tokens))
         for i, chunk in enumerate(chunks):
             told = part_of(progress, i, len(chunks))
             below = question.corrupted(chunk)
             corrupted += float(below.chances.sum())
-            batches = [_Restored(question, below, columns) for columns in question.columns(len(chunk), below)]
-            for number, batch in enumerate(batches):
+            batches = list(question.columns(len(chunk), below))
+            for number, columns in enumerate(batches):
+                batch = _Restored(question, below, columns)
                 for layer in range(layers):
                     told("Tracing", number * layers + layer, len(batches) * layers)
                     blocks = window_at(layer, window, layers)
                     restored[batch.columns, layer] += batch.chances(part, sites, kept, blocks)
+                del batch  # each holds keys and values of all its rows: one at a time
         progress("Tracing", 1, 1)
     # What comes before the subject is unharmed, so that nothing is restored there.
     restored[:first] = corrupted
     names = tuple(_as_text(lm, token) for token in text.prompt_ids)
-    return Trace(fact, part, window, names, (first, end), clean, corrupted / samples, restored / samples)
+    asked = _as_text(lm, question.token)
+    return Trace(fact, part, window, names, (first, end), clean, corrupted / samples, restored / samples, asked)
 
 
 def trace_all(
@@ -182,12 +190,13 @@ def trace_all(
     samples: int = 10,
     noise: float = 3.0,
     seed: int = 0,
+    chat: bool = False,
     progress: Progress = silent,
 ) -> list[Trace]:
     """`trace` for each fact, in the order given; each is what it would be alone."""
     return [
         trace(
-            lm, fact, part=part, window=window, samples=samples, noise=noise, seed=seed,
+            lm, fact, part=part, window=window, samples=samples, noise=noise, seed=seed, chat=chat,
             progress=part_of(progress, i, len(facts)),
         )
         for i, fact in enumerate(facts)
@@ -233,10 +242,17 @@ def window_at(layer: int, window: int, layers: int) -> range:
     return range(max(0, layer - window // 2), min(layers, layer + (window + 1) // 2))
 
 
-def encoded_fact(lm: LM, fact: Fact) -> Encoded:
-    """Prompt, subject and answer in tokens, after what the patches on the model put before the prompt."""
+def encoded_fact(lm: LM, fact: Fact, *, chat: bool = False) -> Encoded:
+    """Prompt, subject and answer in tokens, after what the patches on the model put before the prompt.
+
+    Tokens of the answer that tell nothing, in front of one that does, are moved into the prompt; see `first_telling`.
+    """
+    return from_telling(lm, _encoded(lm, fact, chat=chat))
+
+
+def _encoded(lm: LM, fact: Fact, *, chat: bool) -> Encoded:
     before = lm.before([fact.prompt])[fact.prompt]
-    return lm.tokens.encode(fact.prompt, fact.answer, subject=fact.subject, prefix=before)
+    return lm.tokens.encode(fact.prompt, fact.answer, subject=fact.subject, prefix=before, chat=chat)
 
 
 def subject_noise(
@@ -286,13 +302,15 @@ class _Corrupted:
 
 
 class _Question:
-    """A fact's prompt, of which the probability of one token is asked in many runs.
+    """What stands before one token of an answer, whose probability is asked in many runs.
 
+    prompt   how many tokens the prompt has; those of the answer that tell nothing follow
     resumes  whether columns may run one after the other
     """
 
-    def __init__(self, lm: LM, text: Encoded, *, resumes: bool) -> None:
-        self.lm, self.ids, self.token, self.resumes = lm, text.prompt_ids, text.target_ids[0], resumes
+    def __init__(self, lm: LM, text: Encoded, *, prompt: int, resumes: bool) -> None:
+        self.lm, self.ids, self.token = lm, text.prompt_ids, text.target_ids[0]
+        self.prompt, self.resumes = prompt, resumes
         self.span = _span(text)
         # What these hooks do is in the states already when blocks are skipped.
         self.acted = [{*block._forward_hooks, *block._forward_pre_hooks} for block in lm.anatomy.blocks]
@@ -338,7 +356,7 @@ class _Question:
     def run(self, rows: int, *, since: int = 0, past: DynamicCache | None = None) -> Float[Tensor, " rows"]:
         """The probability in each of so many rows, all of this prompt; in the columns before `since` only `past` is known."""
         ids = torch.tensor([self.ids], device=self.lm.device).expand(rows, -1)
-        mask, ends = torch.ones_like(ids), ids.new_full((rows,), len(self.ids) - 1)
+        mask, ends = torch.ones_like(ids), ids.new_full((rows,), self.prompt - 1)
         with passing(Pass(mask, ends)), replacing_input(self.lm.anatomy.head, lambda hidden: hidden[:, -1:]):
             out = self.lm.model(
                 input_ids=ids[:, since:], attention_mask=mask, past_key_values=past, use_cache=past is not None

@@ -1,22 +1,23 @@
 """Weight change: how much of a model a patch changes, where, at what rank, and how far two patches lie over each other.
 
-What is low-rank is never multiplied out for its spectrum: QR of both factors, then the SVD of the small product. What is
-written out goes through the Gram matrix of its shorter side, in float64 and a piece at a time.
+The arithmetic is in `factpatch.analysis.spectra`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from factpatch.analysis.spectra import ENERGY, Pieces, eps_of, mean_squared_cosine, rounding_noise, spectrum
 from factpatch.errors import AnatomyError
 from factpatch.lm import LM
 from factpatch.lm.anatomy import Anatomy, Projection
@@ -25,7 +26,6 @@ from factpatch.patches.delta import Delta
 from factpatch.progress import Progress, silent
 
 __all__ = [
-    "ENERGY",
     "THRESHOLDS",
     "BlockTotal",
     "Change",
@@ -33,28 +33,15 @@ __all__ = [
     "MatrixOverlap",
     "Overlap",
     "PatchChange",
-    "Pieces",
-    "Spectrum",
     "WeightReport",
-    "as_matrix",
     "block_totals",
-    "eps_of",
-    "gram_values",
     "in_words",
     "matrix_change",
-    "mean_squared_cosine",
-    "rounding_noise",
-    "spectrum",
     "weight_changes",
 ]
 
 THRESHOLDS: tuple[float, ...] = tuple(10 ** (k / 2) for k in range(-12, 3))
 """Of the sparsity curve, in units of the RMS of the matrix's own entries: a millionth to ten, two to a decade."""
-ENERGY = 0.9
-"""The spaces of a change are those of the leading singular vectors that hold this share of its squared norm."""
-
-Index = tuple[slice, slice]
-_PIECE = 1 << 22
 _SPARSE = 0.05
 
 
@@ -65,6 +52,9 @@ class _Value(BaseModel):
 class MatrixChange(_Value):
     """What became of one parameter: `D = W' - W`.
 
+    The D of a weight patch is what the patch says, before the sum is rounded to the weights' type; `touched` is counted
+    after it, so that in a coarse type it may be far less than the entries of D that are not zero.
+
     block            None outside the blocks
     shape            as it is stored; one of more than two dimensions counts as a matrix with the last one's columns
     form             how the change is held: "rank 1", "dense", "24 entries"
@@ -74,7 +64,7 @@ class MatrixChange(_Value):
     rank             how many singular values exceed `tolerance`
     tolerance        what rounding of the entries could make of a singular value; see `rounding_noise`
     stable_rank      `||D||_F² / ||D||_2²`; 0 where D is zero
-    touched          entries of D that are not zero
+    touched          entries in which W' and W differ
     beyond           the share of entries with `|D_ij|` greater than each of THRESHOLDS times the RMS of W's entries
     singular_values  those that count, falling
     """
@@ -153,6 +143,9 @@ class MatrixOverlap(_Value):
     by_chance  what random spaces of these dimensions have: outputs, inputs
     cosine     of the two changes as vectors, -1 to 1
     jaccard    entries that both touch over entries that either touches
+
+    An adapter's change is compared without what rounding put into it, as far as its rank goes: its cosine is 0 where all of
+    it may be rounding.
     """
 
     parameter: str
@@ -194,163 +187,6 @@ class WeightReport(_Value):
     overlaps: tuple[Overlap, ...]
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Pieces:
-    """A matrix that is read a piece at a time, so that a large one is never held in float64 as a whole."""
-
-    rows: int
-    cols: int
-    read: Callable[[Index], Tensor]
-
-    @classmethod
-    def of(cls, delta: Delta) -> Pieces:
-        """The entries of a change of a parameter."""
-        if isinstance(delta, LowRank):
-            u, v = delta.u.detach().cpu().float(), delta.v.detach().cpu().float()
-            return cls(u.shape[0], v.shape[1], lambda at: u[at[0]] @ v[:, at[1]])
-        return cls.held(delta.full())
-
-    @classmethod
-    def held(cls, tensor: Tensor) -> Pieces:
-        """The entries of a tensor in hand."""
-        matrix = as_matrix(tensor.detach())
-        return cls(matrix.shape[0], matrix.shape[1], lambda at: matrix[at].cpu())
-
-    @property
-    def tall(self) -> bool:
-        """Whether it is cut along its rows, not its columns: along the longer side."""
-        return self.rows >= self.cols
-
-    @property
-    def squares(self) -> float:
-        """The sum of squares of the entries that are finite."""
-        read = (self.read(at).double().nan_to_num(0, 0, 0) for at in self)
-        return sum(float(piece.square().sum()) for piece in read)
-
-    def __iter__(self) -> Iterator[Index]:
-        """Where the pieces lie; the same for all matrices of one shape."""
-        long, short = max(self.rows, self.cols), max(1, min(self.rows, self.cols))
-        step = max(1, _PIECE // short)
-        for start in range(0, long, step):
-            own, whole = slice(start, min(long, start + step)), slice(0, min(self.rows, self.cols))
-            yield (own, whole) if self.tall else (whole, own)
-
-
-def as_matrix(tensor: Tensor) -> Tensor:
-    """A vector as one row; of more than two dimensions all but the last are rows, as in stacks of experts."""
-    return tensor.reshape(1, -1) if tensor.ndim < 2 else tensor.flatten(0, -2)
-
-
-def eps_of(dtype: torch.dtype) -> float:
-    """The spacing of numbers of a type just above 1; 0 for whole numbers, which are exact."""
-    return torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
-
-
-def rounding_noise(change: Pieces, rounded: Sequence[tuple[Pieces, float]]) -> float:
-    """About the greatest singular value that rounding alone would put into a change: what lies below is not counted as rank.
-
-    Rounding moves an entry `w` by up to `eps |w| / 2`, with a variance of at most `(eps w)² / 12`, and entries independently.
-    The norm of such a matrix is near the root of the greatest row sum of variances plus that of the greatest column sum, with
-    a term for a single large entry (Bandeira and van Handel 2016, arXiv 1408.6185, theorem 3.1). Rows and columns in which
-    nothing differs do not count. A change that is itself smaller than the rounding is noise to this rule, which is right, but
-    one of about its size has entries cut off and may seem of higher rank than it was made with.
-
-    rounded  the matrices whose entries were rounded, and the eps of the type each was rounded to
-    """
-    rows = torch.zeros(change.rows, dtype=torch.bool)
-    cols = torch.zeros(change.cols, dtype=torch.bool)
-    for at in change:
-        differs = change.read(at) != 0
-        rows[at[0]] |= differs.any(1)
-        cols[at[1]] |= differs.any(0)
-    by_row, by_col = torch.zeros(change.rows, dtype=torch.float64), torch.zeros(change.cols, dtype=torch.float64)
-    most = 0.0
-    for at in change:
-        variance = sum((weight.read(at).double() * eps) ** 2 / 12 for weight, eps in rounded)
-        assert isinstance(variance, Tensor)
-        variance = variance.nan_to_num(0, 0, 0) * rows[at[0]][:, None] * cols[at[1]]
-        by_row[at[0]] += variance.sum(1)
-        by_col[at[1]] += variance.sum(0)
-        most = max(most, float(variance.max()))
-    spread = 2 * math.sqrt(most * math.log(change.rows + change.cols))
-    return float(by_row.max().sqrt() + by_col.max().sqrt()) + spread
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Spectrum:
-    """Singular values of a change, falling, and its leading singular vectors as columns.
-
-    floor  below it a value is not to be told from zero in the arithmetic used
-    left   of the rows as stored
-    right  of the columns
-    """
-
-    values: Float[Tensor, " values"]
-    floor: float
-    left: Float[Tensor, "rows leading"]
-    right: Float[Tensor, "cols leading"]
-
-
-def spectrum(delta: Delta, energy: float = ENERGY) -> Spectrum:
-    """Of any change, in float64; of a low-rank one exactly, from its factors.
-
-    energy  the share of the squared norm that the leading vectors hold
-    """
-    if isinstance(delta, LowRank):
-        u, v = delta.u.detach().cpu().double(), delta.v.detach().cpu().double()
-        (q, r), (p, s) = torch.linalg.qr(u), torch.linalg.qr(v.T)
-        a, values, b = torch.linalg.svd(r @ s.T, full_matrices=False)
-        k = _leading(values, energy)
-        # As far as the factors' own rounding, each entry by half its spacing, can move a singular value.
-        floor = eps_of(delta.u.dtype) * float(u.norm() * v.norm())
-        return Spectrum(values, floor, q @ a[:, :k], p @ b[:k].T)
-    pieces = Pieces.of(delta)
-    squares, vectors = torch.linalg.eigh(_gram(pieces))
-    values = squares.flip(0).clamp(min=0).sqrt()
-    k = _leading(values, energy)
-    near = vectors.flip(1)[:, :k]
-    read = (pieces.read(at).double() for at in pieces)
-    far = torch.cat([(piece if pieces.tall else piece.T) @ near for piece in read]) / values[:k]
-    return Spectrum(values, _gram_floor(values), *((far, near) if pieces.tall else (near, far)))
-
-
-def gram_values(pieces: Pieces) -> tuple[Float[Tensor, " values"], float]:
-    """The singular values of a matrix, falling, and below what they are not to be told from zero."""
-    values = torch.linalg.eigvalsh(_gram(pieces)).flip(0).clamp(min=0).sqrt()
-    return values, _gram_floor(values)
-
-
-def _gram(pieces: Pieces) -> Float[Tensor, "short short"]:
-    short = min(pieces.rows, pieces.cols)
-    gram = torch.zeros(short, short, dtype=torch.float64)
-    for at in pieces:
-        piece = pieces.read(at).double()
-        gram += piece.T @ piece if pieces.tall else piece @ piece.T
-    return gram
-
-
-def _gram_floor(values: Float[Tensor, " values"]) -> float:
-    """A Gram matrix holds squares: what is below the root of float64's eps, times the greatest, is lost in it."""
-    return float(values[0]) * math.sqrt(len(values) * torch.finfo(torch.float64).eps)
-
-
-def _leading(values: Float[Tensor, " values"], energy: float) -> int:
-    """How many of the greatest values hold `energy` of the sum of squares; none of a change that is zero."""
-    held = values.square().cumsum(0)
-    if not len(values) or held[-1] == 0:
-        return 0
-    return min(len(values), int((held < energy * held[-1] * (1 - 1e-12)).sum()) + 1)
-
-
-def mean_squared_cosine(one: Float[Tensor, "n k"], other: Float[Tensor, "n l"]) -> float:
-    """Of the principal angles between two spaces, given by orthonormal columns: `||AᵀB||² / min(k, l)`, 0 to 1.
-
-    The subspace similarity of Hu et al. 2022 (arXiv 2106.09685), section 7.2. Random spaces have max(k, l) / n.
-    """
-    least = min(one.shape[1], other.shape[1])
-    return min(1.0, float((one.T @ other).square().sum()) / least) if least else 0.0
-
-
 def matrix_change(
     parameter: str,
     block: int | None,
@@ -360,19 +196,25 @@ def matrix_change(
     form: str,
     values: Float[Tensor, " values"],
     tolerance: float,
+    touched: int | None = None,
 ) -> MatrixChange:
-    """All that is told of one change, `weight` being what was changed and `values` the change's singular values."""
+    """All that is told of one change.
+
+    weight   what was changed
+    values   the change's singular values
+    touched  entries that differ, if these are others than the change's that are not zero
+    """
     own, entries = math.sqrt(weight.squares), math.prod(shape)
     rms = own / math.sqrt(entries)
     bounds = torch.tensor(THRESHOLDS, dtype=torch.float64) * rms
     counts = torch.zeros(len(THRESHOLDS) + 1, dtype=torch.long)
-    squares, largest, touched = 0.0, 0.0, 0
+    squares, largest, found = 0.0, 0.0, 0
     for at in change:
         sizes = change.read(at).double().abs().flatten()
         counts += torch.bucketize(sizes, bounds).bincount(minlength=len(counts))
         squares += float(sizes.square().sum())
         largest = max(largest, float(sizes.max()))
-        touched += int(sizes.count_nonzero())
+        found += int(sizes.count_nonzero())
     # Entries in bucket i lie above the bounds before i.
     above = counts.flip(0).cumsum(0).flip(0)[1:]
     norm = math.sqrt(squares)
@@ -388,7 +230,7 @@ def matrix_change(
         rank=len(kept),
         tolerance=tolerance,
         stable_rank=squares / float(values[0]) ** 2 if len(values) and values[0] > 0 else 0.0,
-        touched=touched,
+        touched=found if touched is None else touched,
         beyond=tuple((above.double() / entries).tolist()),
         singular_values=tuple(kept.tolist()),
     )
@@ -480,10 +322,17 @@ def _where(matrices: Sequence[MatrixChange], layers: int) -> str:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class _Held:
-    """One change, kept for comparing it with others: in stored orientation, but for its spaces."""
+    """One change, kept for comparing it with others: in stored orientation, but for its spaces.
 
-    pieces: Pieces
+    delta    as the patch holds it; of an adapter, itself without what is noise
+    norm     of `delta`
+    touched  a bit for each entry, eight to a byte
+    """
+
+    delta: Delta
+    norm: float
     told: MatrixChange
+    touched: UInt8[np.ndarray, " bytes"]
     outputs: Float[Tensor, "out leading"]
     inputs: Float[Tensor, "in leading"]
 
@@ -498,6 +347,10 @@ def weight_changes(
 
     A patch that changes no weights has a row that says what it adds instead. Patches that lie on `lm` do not count.
     Raises WrongBase for a patch of another model that needs weights, MissingExtra for an adapter without PEFT.
+
+    Beside the model and what the patches hold, it takes a copy of the weights that one patch touches, one change in float64,
+    and of each change of each patch a bit for each entry and the leading singular vectors. Of an adapter's changes the
+    factors are kept, at the rank that was found; only one that has no low rank is kept whole.
     """
     with torch.no_grad(), lm.unpatched():
         anatomy, parameters = lm.anatomy, dict(lm.model.named_parameters())
@@ -507,15 +360,7 @@ def weight_changes(
         transposed = {projection.parameter for projection in _projections(anatomy) if projection.transposed}
         rows, held = [], {}
         for name, patch in patches.items():
-            own: dict[str, _Held] = {}
-            changes = _changes(lm, patch)
-            for i, (parameter, (delta, eps)) in enumerate(changes.items()):
-                progress(f"Measuring {name}", i, len(changes))
-                weight = parameters[parameter]
-                own[parameter] = _measured(
-                    parameter, _block(anatomy, parameter), weight, delta, eps, energy, turn=parameter in transposed
-                )
-            progress(f"Measuring {name}", max(1, len(changes)), max(1, len(changes)))
+            own = {h.told.parameter: h for h in _measured(lm, patch, transposed, energy, f"Measuring {name}", progress)}
             held[name] = own
             for block in {h.told.block for h in own.values()} - squares.keys():
                 there = (p for n, p in parameters.items() if p.ndim > 1 and _block(anatomy, n) == block)
@@ -538,8 +383,10 @@ def weight_changes(
     )
 
 
-def _changes(lm: LM, patch: Patch) -> dict[str, tuple[Delta, float]]:
-    """By parameter: the change, and the eps its entries were rounded with; nothing of a patch that changes no weights.
+def _measured(
+    lm: LM, patch: Patch, transposed: Collection[str], energy: float, doing: str, progress: Progress
+) -> list[_Held]:
+    """A patch's changes, gone through one at a time while it lies on the model; none of one that changes no weights.
 
     A weight patch says what it changes. Of any other that consists of weights (adapters) the weights it makes are compared
     with those it found, so that the rule for each kind of adapter is PEFT's own.
@@ -547,33 +394,47 @@ def _changes(lm: LM, patch: Patch) -> dict[str, tuple[Delta, float]]:
     if not patch.mergeable:
         if patch.needs_weights:
             patch.check_base(lm)
-        return {}
-    before = {name: p.data for name, p in lm.model.named_parameters()}
+        return []
+    before, found = {name: p.data for name, p in lm.model.named_parameters()}, []
     with lm.patched(patch):
         after = {name: p.data for name, p in lm.model.named_parameters()}
-    if isinstance(patch, WeightPatch):
-        single = torch.finfo(torch.float32).eps
-        return {name: (delta, single) for name, delta in patch.deltas.items()}
-    found: dict[str, tuple[Delta, float]] = {}
-    for name, old in before.items():
-        if after[name] is not old and not torch.equal(after[name], old):
-            found[name] = (Dense(after[name].float() - old.float()), eps_of(old.dtype))
+        told = patch.deltas if isinstance(patch, WeightPatch) else {}
+        names = list(told) or [name for name, old in before.items() if after[name].data_ptr() != old.data_ptr()]
+        for i, name in enumerate(names):
+            progress(doing, i, len(names))
+            old, new = before[name], after[name]
+            if name in told or not torch.equal(old, new):
+                found.append(
+                    _change(name, _block(lm.anatomy, name), old, new, told.get(name), energy, turn=name in transposed)
+                )
+    progress(doing, max(1, len(names)), max(1, len(names)))
     return found
 
 
-def _measured(
-    parameter: str, block: int | None, weight: Tensor, delta: Delta, eps: float, energy: float, *, turn: bool
+def _change(
+    parameter: str, block: int | None, old: Tensor, new: Tensor, said: Delta | None, energy: float, *, turn: bool
 ) -> _Held:
-    pieces, found = Pieces.of(delta), spectrum(delta, energy)
-    tolerance = found.floor
+    """What became of one parameter; `said` is the change as the patch has it, None if it is to be reckoned."""
+    delta = Dense(new.float() - old.float()) if said is None else said
+    eps = eps_of(old.dtype if said is None else torch.float32)
+    pieces, weight = Pieces.of(delta), Pieces.held(old)
+    noise = 0.0
     if not isinstance(delta, LowRank):
         # The change was reckoned from rounded weights, or has been rounded itself.
-        tolerance = max(tolerance, rounding_noise(pieces, [(Pieces.held(weight), eps), (pieces, eps)]))
+        noise = rounding_noise(pieces, [(weight, eps), (pieces, eps)])
+    found = spectrum(delta, energy, noise)
+    touched = np.packbits((new != old).cpu().numpy())
     told = matrix_change(
-        parameter, block, weight.shape, Pieces.held(weight), pieces, delta.form, found.values, tolerance
+        parameter, block, old.shape, weight, pieces, delta.form, found.values, max(found.floor, noise), _ones(touched)
     )
     outputs, inputs = (found.right, found.left) if turn else (found.left, found.right)
-    return _Held(pieces, told, outputs, inputs)
+    if said is not None or found.factors is None:
+        return _Held(delta, told.norm, told, touched, outputs, inputs)
+    return _Held(found.factors, found.factors.norm(), told, touched, outputs, inputs)
+
+
+def _ones(bits: UInt8[np.ndarray, " bytes"]) -> int:
+    return int(np.unpackbits(bits).sum())
 
 
 def _patch_row(
@@ -607,12 +468,10 @@ def _overlap(one: str, its: Mapping[str, _Held], other: str, others: Mapping[str
     shared, dots, both = [], 0.0, 0
     for parameter in (name for name in its if name in others):
         a, b = its[parameter], others[parameter]
-        dot, common = 0.0, 0
-        for at in a.pieces:
-            x, y = a.pieces.read(at).double(), b.pieces.read(at).double()
-            dot += float((x * y).sum())
-            common += int(((x != 0) & (y != 0)).sum())
-        dots, both = dots + dot, both + common
+        x, y = Pieces.of(a.delta), Pieces.of(b.delta)
+        dot = sum(float((x.read(at).double() * y.read(at).double()).sum()) for at in x)
+        common = _ones(a.touched & b.touched)
+        dots, both, each = dots + dot, both + common, a.told.touched + b.told.touched - common
         k, least = (a.outputs.shape[1], b.outputs.shape[1]), min(a.outputs.shape[1], b.outputs.shape[1])
         if least == 0:
             continue  # a change that is zero spans no space
@@ -623,11 +482,11 @@ def _overlap(one: str, its: Mapping[str, _Held], other: str, others: Mapping[str
                 inputs=mean_squared_cosine(a.inputs, b.inputs),
                 dims=k,
                 by_chance=(max(k) / len(a.outputs), max(k) / len(a.inputs)),
-                cosine=_cosine(dot, a.told.norm, b.told.norm),
-                jaccard=common / (a.told.touched + b.told.touched - common),
+                cosine=_cosine(dot, a.norm, b.norm),
+                jaccard=common / each if each else 0.0,
             )
         )
-    norms = [math.hypot(*(h.told.norm for h in held.values())) for held in (its, others)]
+    norms = [math.hypot(*(h.norm for h in held.values())) for held in (its, others)]
     either = sum(h.told.touched for held in (its, others) for h in held.values()) - both
     return Overlap(
         one=one,

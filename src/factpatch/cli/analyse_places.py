@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from factpatch.cli.terminal import (
     DeviceOption,
     DTypeOption,
     JsonOption,
     ModelOption,
+    err,
     line,
     number,
     out,
@@ -22,7 +25,7 @@ from factpatch.cli.terminal import (
 )
 
 if TYPE_CHECKING:
-    from factpatch.analysis.places import Places
+    from factpatch.analysis.places import PlacesReport
 
 EXAMPLES = """
 [bold]Examples[/bold]
@@ -30,6 +33,7 @@ EXAMPLES = """
   factpatch analyse places --out places
   factpatch analyse places --limit 120 --wordings 3 --part state
   factpatch analyse places --facts mine.json --method memit --json > places.json
+  factpatch analyse places --patch lyon --edits 0
 """
 
 METHODS = ("kn", "rome")
@@ -60,6 +64,10 @@ def places(
         list[str] | None, typer.Option(help="Read what this method changes; may be repeated. Default: kn and rome.")
     ] = None,
     edits: Annotated[int, typer.Option(min=0, help="So many edits are made with each method to read.")] = 10,
+    patch: Annotated[
+        list[Path] | None,
+        typer.Option(help="Patch folder; places are looked for with it. May be repeated, in order."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the noise in tracing.")] = 0,
     output: Annotated[Path | None, typer.Option("--out", help="New folder for pictures, with their numbers.")] = None,
     dtype: DTypeOption = None,
@@ -77,33 +85,47 @@ def places(
     from factpatch.files import check_output, whole_folder
     from factpatch.lm import load
     from factpatch.methods import create
+    from factpatch.patches import Patch
     from factpatch.report.places import hit_rows, place_rows, save_places, sentences
+    from factpatch.report.plots import check_drawable
 
     if output is not None:
+        check_drawable()
         check_output(output)
     triples = read_triples(facts)
+    patches = [Patch.load(folder) for folder in patch or ()]
     makers = [create(name) for name in dict.fromkeys(method or METHODS)] if edits else []
     with progress() as report:
         lm = load(model, dtype=dtype, device=device, progress=report)
-        found = compare_places(
-            lm, triples, methods=makers, edits=edits, limit=limit, wordings=wordings, traced=part, steps=steps,
-            threshold=threshold, top=top, samples=samples, seed=seed, progress=report,
-        )  # fmt: skip
+        with lm.patched(*patches):
+            found = compare_places(
+                lm, triples, methods=makers, edits=edits, limit=limit, wordings=wordings, traced=part, steps=steps,
+                threshold=threshold, top=top, samples=samples, seed=seed, progress=report,
+            )  # fmt: skip
     rows, hits = place_rows(found), hit_rows(found)
+    named = {"patches": [str(folder) for folder in patch or ()]}
+    written: list[str] = []
     if output is not None:
         with whole_folder(output) as draft:
             save_places(draft, found)
-            (draft / "places.json").write_text(found.model_dump_json(indent=2), encoding="utf-8")
+            text = json.dumps(found.model_dump(mode="json") | named, indent=2, ensure_ascii=False)
+            (draft / "places.json").write_text(text + "\n", encoding="utf-8")
+        written = [str(path) for path in sorted(output.iterdir())]
     if as_json:
-        print_json(found.model_dump(mode="json") | {"levels": rows, "hits": hits, "sentences": sentences(found)})
-        return
-    _show(found, rows, hits, sentences(found))
-    if output is not None:
-        line("Wrote ", (str(output), "bold"))
+        told = {"levels": rows, "hits": hits, "sentences": sentences(found), "written": written}
+        print_json(found.model_dump(mode="json") | named | told)
+    else:
+        if patch:
+            line((f"with {', '.join(folder.name for folder in patch)}", "dim"))
+        _show(found, rows, hits, sentences(found))
+        if output is not None:
+            line("Wrote ", (str(output), "bold"))
+    for each in found.unread:
+        err.print(Text(f"not read, {each.method}, {each.edit}: ", style="yellow") + Text(each.reason), soft_wrap=True)
 
 
 def _show(
-    found: Places, rows: Sequence[Mapping[str, Any]], hits: Sequence[Mapping[str, Any]], told: Sequence[str]
+    found: PlacesReport, rows: Sequence[Mapping[str, Any]], hits: Sequence[Mapping[str, Any]], told: Sequence[str]
 ) -> None:
     line(
         ("places", "bold"),
@@ -111,7 +133,13 @@ def _show(
         f"(of {found.asked} asked)",
     )
     out.print(_level_table(rows))
-    line(("intervals at 95 % over groups; alike and unrelated: how much of what is found two facts share", "dim"))
+    line(
+        (
+            "intervals at 95 % over groups, where there are six or more; alike and unrelated: how far what is found for",
+            "dim",
+        )
+    )
+    line(("two facts overlaps", "dim"))
     for sentence in told:
         line(sentence)
     if hits:

@@ -63,7 +63,7 @@ def sequential(
     ],
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many edits.")] = None,
     at: Annotated[
-        str, typer.Option(help="After how many edits to score all of them; always after the last.")
+        str, typer.Option(help="After how many patches to score all edits so far; always after the last.")
     ] = "1,3,10,30,100,300,1000",
     settings: Annotated[
         list[str] | None,
@@ -76,7 +76,7 @@ def sequential(
     monitor: Annotated[
         bool, typer.Option("--monitor", help="Score nothing; edit until the model is sick, and say with which edit.")
     ] = False,
-    every: Annotated[int, typer.Option(min=1, help="With --monitor: look after every so many edits.")] = 10,
+    every: Annotated[int, typer.Option(min=1, help="With --monitor: look after every so many patches.")] = 10,
     max_norm: Annotated[
         float, typer.Option(min=0, help="With --monitor: how far weights may move, as a share of their norm.")
     ] = 0.1,
@@ -109,6 +109,9 @@ def sequential(
 ) -> None:
     """Make edits one after the other, keep all of them, and show how they, the model and what it knew fare.
 
+    A patch makes one edit, or all those of one group. Patches are counted as they are asked for, with those that the method
+    refuses; edits are counted as they were made.
+
     At each checkpoint: success of the edits so far, right after each was made and now; by their age; rephrases, portability,
     locality, fluency; how far the weights have moved, perplexity on neutral texts, and the guard's questions. Where each
     method broke is said by a rule, which --min-success, --max-perplexity and --min-canaries set. Exits with 1 if a method
@@ -126,6 +129,7 @@ def sequential(
     from factpatch.data import read
     from factpatch.data.questions import read_questions
     from factpatch.lm import load_or_connect
+    from factpatch.report.plots import check_drawable
 
     dataset = read(data, skip_invalid=skip_invalid, limit=limit)
     if not dataset.edits:
@@ -142,8 +146,8 @@ def sequential(
         max_perplexity=max_perplexity,
         min_canaries=0.5 if min_canaries is None else min_canaries,
     )
-    if monitor and output is not None:
-        _check_places(output, makers)
+    if output is not None:
+        _check_places(output, makers) if monitor else check_drawable()
     with progress() as report:
         lm = load_or_connect(model, base_url=base_url, dtype=dtype, device=device, progress=report)
         for maker in makers.values():
@@ -152,17 +156,17 @@ def sequential(
         if monitor:
             watched = _watch(lm, makers, dataset.edits, watch, every, output, report)
         else:
-            decays = _decay(lm, makers, dataset.edits, watch, counts, output, report, seed=seed, fluency=fluency)
+            decays, files = _decay(lm, makers, dataset.edits, watch, counts, output, report, seed=seed, fluency=fluency)
     if monitor:
         _tell_watched(watched, output, model, as_json=as_json)
     else:
-        _tell_decays(decays, rule, dataset.name, output, as_json=as_json)
+        _tell_decays(decays, files, rule, dataset.name, output, as_json=as_json)
 
 
 def _counts(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not parts or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise BadConfig(f'--at "{text}": expected numbers of edits, such as 1,10,100')
+        raise BadConfig(f'--at "{text}": expected numbers of patches, such as 1,10,100')
     return sorted({int(part) for part in parts})
 
 
@@ -195,27 +199,44 @@ def _decay(
     *,
     seed: int,
     fluency: bool,
-) -> dict[str, Decay]:
-    from factpatch.analysis.decay import sequential_decay
+) -> tuple[dict[str, Decay], dict[str, Path]]:
+    """Each method's sequence, and the file in which it is kept."""
+    from factpatch.analysis.decay import kept_at, sequential_decay
     from factpatch.scoring import Scorer
 
     scorer = Scorer(lm, chat=watch.chat, seed=seed, fluency=fluency)
-    return {
-        name: sequential_decay(lm, maker, edits, scorer, watch, counts, folder, report)
-        for name, maker in makers.items()
-    }
+    decays, files = {}, {}
+    for name, maker in makers.items():
+        decays[name] = sequential_decay(lm, maker, edits, scorer, watch, counts, folder, report)
+        if folder is not None:
+            files[name] = kept_at(lm, maker, edits, scorer, watch, counts, folder)
+    return decays, files
 
 
-def _tell_decays(decays: Mapping[str, Decay], rule: Rule, data: str, folder: Path | None, *, as_json: bool) -> None:
+def _tell_decays(
+    decays: Mapping[str, Decay],
+    files: Mapping[str, Path],
+    rule: Rule,
+    data: str,
+    folder: Path | None,
+    *,
+    as_json: bool,
+) -> None:
+    pictures: list[Path] = []
     if folder is not None:
         from factpatch.report.decay import decay_pictures, decay_rows
         from factpatch.report.picture import save_picture, save_table
 
         save_table(folder / "decay.csv", decay_rows(decays))
-        for picture in decay_pictures(decays, rule):
-            save_picture(folder, picture.name, picture.svg, picture.rows)
+        pictures += [save_picture(folder, p.name, p.svg, p.rows) for p in decay_pictures(decays, rule)]
     if as_json:
-        print_json([_decay_json(decay, rule, data) for decay in decays.values()])
+        written = {} if folder is None else {"table": str(folder / "decay.csv"), "pictures": [str(p) for p in pictures]}
+        print_json(
+            [
+                _decay_json(decay, rule, data) | ({"kept": str(files[name])} if name in files else {}) | written
+                for name, decay in decays.items()
+            ]
+        )
     else:
         for name, decay in decays.items():
             _show_decay(name, decay, data)
@@ -262,19 +283,23 @@ def _show_decay(name: str, decay: Decay, data: str) -> None:
         return
     scores = ("at_edit", "at_end", "rephrase", "portability", "locality", "fluency")
     _table(
-        ("protocol", "edits", *(name.replace("_", " ") for name in scores)),
+        ("protocol", "patches", *(name.replace("_", " ") for name in scores)),
         [
-            ("" if i else protocol, str(point.edits), *(number(getattr(point, name)) for name in scores))
+            (
+                "" if i else protocol,
+                _asked(point.patches, point.edits),
+                *(number(getattr(point, name)) for name in scores),
+            )
             for protocol in decay.protocols
             for i, point in enumerate(decay.points(protocol))
         ],
     )
     _table(
-        ("model", "edits", "perplexity ratio", "weights moved by", "guard answers right"),
+        ("model", "patches", "perplexity ratio", "weights moved by", "guard answers right"),
         [
             (
                 "",
-                str(sum(map(len, checkpoint.made))),
+                _asked(checkpoint.patches, sum(map(len, checkpoint.made))),
                 number(checkpoint.vitals.perplexity_ratio, 2),
                 number(checkpoint.vitals.norm, 4),
                 "–"
@@ -289,7 +314,12 @@ def _show_decay(name: str, decay: Decay, data: str) -> None:
             f"{one.youngest if one.youngest == one.oldest else f'{one.youngest} to {one.oldest}'}: {number(one.now, 2)}"
             for one in decay.ages(protocol)
         )
-        line((f"{protocol}, success at the end by edits made since: {bins}", "dim"))
+        line((f"{protocol}, success at the end by patches made since: {bins}", "dim"))
+
+
+def _asked(patches: int, edits: int) -> str:
+    """How many patches were asked for, and how many edits were made where that is another number."""
+    return str(patches) if edits == patches else f"{patches} ({edits} edits)"
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -311,9 +341,9 @@ def _show_breaks(decays: Mapping[str, Decay], rule: Rule) -> None:
             continue
         found = breaks(decay, rule, decay.protocols[0])
         if not found:
-            line(f"  {name}: not within {decay.checkpoints[-1].patches} edits")
+            line(f"  {name}: not within {decay.checkpoints[-1].patches} patches")
         for one in found:
-            line(f"  {name}: between {one.after} and {one.at} edits: {one.says}")
+            line(f"  {name}: between {one.after} and {one.at} patches: {one.says}")
     line((rule.says(), "dim"))
 
 
@@ -398,12 +428,12 @@ def _watched_json(name: str, watched: Watched, folder: Path | None) -> dict[str,
 def _show_watched(name: str, watched: Watched, folder: Path | None, model: str) -> None:
     if watched.stopped_early:
         which = f", sick with {', '.join(watched.culprit)}" if watched.culprit else ", sick before any edit"
-        line((name, "bold"), f": stopped after {len(watched.patches)} of {watched.units} edits{which}")
+        line((name, "bold"), f": stopped after {len(watched.patches)} of {watched.units} patches{which}")
     else:
-        line((name, "bold"), f": healthy with all {len(watched.patches)} edits that were made")
+        line((name, "bold"), f": healthy with all {len(watched.patches)} patches that were made")
     line(f"  {watched.verdict.reason}")
     table = Table(header_style="bold", box=None, pad_edge=False)
-    table.add_column("edits", justify="right")
+    table.add_column("patches", justify="right")
     for sign in watched.verdict.signs:
         table.add_column(f"{sign.name} (limit {sign.limit:g})", justify="right")
     for check in watched.checks:

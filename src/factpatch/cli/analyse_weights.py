@@ -44,15 +44,18 @@ def weights(
     """What patches change in a model's weights: norm and rank of every matrix, share of entries touched, and overlap.
 
     The model is the one the patches were made for. It is read, not run. A patch that changes no weights is listed with what
-    it adds instead.
+    it adds instead. Entries touched are those that differ once the change is rounded to the model's type, see --dtype; norm
+    and rank are of the change as the patch holds it.
     """
     from factpatch.analysis.weights import weight_changes
     from factpatch.files import make_folder
     from factpatch.lm import load
     from factpatch.patches import Patch
+    from factpatch.report.plots import check_drawable
     from factpatch.report.weights import save_weight_pictures
 
     if folder is not None:
+        check_drawable()
         make_folder(folder)
     read = dict(zip(_names(patches), map(Patch.load, patches), strict=True))
     with progress() as report:

@@ -31,7 +31,7 @@ EXAMPLES = """
 
   factpatch audit --patch forget-cuba
   factpatch audit --patch forget-cuba --out audit            page.html, audit.md, audit.json and pictures
-  factpatch audit --patch facts --attacks paraphrases,head-projection --budget 50
+  factpatch audit --patch facts --attacks paraphrases,head-projection --attacks relearning --budget 50
   factpatch audit --patch facts --control ./trained-without  the same attacks on a model that was never told
   factpatch audit --model ./unlearnt --before smollm2-135m --data facts.jsonl
 """
@@ -58,10 +58,10 @@ def audit(
     ] = None,
     budget: Annotated[int, typer.Option(min=1, help="Candidates for each attack and fact, at most.")] = 20,
     attacks: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            help="Some of: greedy, paraphrases, samples, few-shot, languages, head-projection, update-projection, "
-            "probability-delta, relearning; default: all."
+            help="May be repeated, or name several with commas: greedy, paraphrases, samples, few-shot, languages, "
+            "head-projection, update-projection, probability-delta, relearning; default: all."
         ),
     ] = None,
     output: Annotated[Path | None, typer.Option("--out", help="New folder for the page, tables and pictures.")] = None,
@@ -75,8 +75,12 @@ def audit(
     """Attack erased and changed facts as the literature does, and tell what of their old answers can still be got out.
 
     Each attack may come back with a budget of candidates, and an old answer is found if it is among them. Chance is measured
-    with decoys, answers that were never told, and with --control. Exits with 1 if more was found than chance would find,
-    with 0 if not: which says that these attacks did not find it, and no more.
+    with decoys, answers that were never told, and with --control; where old answers turn up like decoys, at most one audit
+    in twenty says otherwise. Exits with 1 if more was found than chance would find. Also with 1 if it is open: if anything
+    was found where there are too few facts and decoys to tell it from chance (one fact needs 39 decoys; with --control it
+    takes three facts), or if no attack could tell of some fact whether it found it. Exits with 0 if not: which says that
+    these attacks did not find it, and no more. Facts that cannot be audited, such as one whose old answer is another edit's
+    new one, are named and left out.
     """
     if not patch and data is None:
         raise BadConfig(
@@ -93,10 +97,13 @@ def audit(
     from factpatch.patches import Patch
     from factpatch.report.audit import as_json as audit_json
     from factpatch.report.audit import save_audit
+    from factpatch.report.plots import check_drawable
 
-    chosen = None if attacks is None else find_attacks([name.strip() for name in attacks.split(",") if name.strip()])
+    named = [name.strip() for each in attacks or () for name in each.split(",") if name.strip()]
+    chosen = find_attacks(named) if attacks else None
     if output:
         check_output(output)
+        check_drawable()
     patches = [Patch.load(folder) for folder in patch or ()]
     edits = None if data is None else read(data, skip_invalid=skip_invalid, limit=limit).edits
     with progress() as report:
@@ -118,12 +125,12 @@ def audit(
         )
     written = save_audit(output, found) if output else []
     if as_json:
-        print_json(json.loads(audit_json(found)))
+        print_json(json.loads(audit_json(found)) | ({"written": [str(path) for path in written]} if output else {}))
     else:
         _show(found)
         for path in written:
             line(f"Written: {path}")
-    if found.recovered:
+    if found.recovered or found.in_doubt:
         raise typer.Exit(1)
 
 
@@ -131,7 +138,7 @@ def _show(found: Audit) -> None:
     from factpatch.analysis.audit_words import NAMES, fact_verdict, verdict
 
     head, *rest = verdict(found)
-    line((head, "bold red" if found.recovered else "bold"))
+    line((head, "bold red" if found.recovered or found.in_doubt else "bold"))
     table = Table(header_style="bold", box=None, pad_edge=False)
     table.add_column("attack")
     for name in (*(NAMES[state] for state in found.states), "decoys", "p"):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from factpatch.cli.analyse_weights import show_matrices
 from factpatch.cli.terminal import JsonOption, line, print_json, progress
 
 if TYPE_CHECKING:
@@ -56,21 +57,33 @@ def inspect(
     """Which tensors of two checkpoints differ, by how much, and at what rank.
 
     Safetensors are read tensor by tensor, and no model is loaded. Tensors of different types are compared after rounding
-    both to the coarser type, so that a checkpoint equals its own copy in bfloat16.
+    both to the coarser type, so that a checkpoint equals its own copy in bfloat16. Exits with 0 if the two are alike, holding
+    the same tensors with the same values, and with 1 if not.
     """
     from factpatch.analysis.checkpoints import inspect as compare
-    from factpatch.cli.analyse_weights import show_matrices
     from factpatch.files import make_folder
+    from factpatch.report.plots import check_drawable
     from factpatch.report.weights import save_weight_pictures
 
     if folder is not None:
+        check_drawable()
         make_folder(folder)
     with progress() as report:
-        found = compare(a, b, rank_tolerance=rank_tol, exact=exact, progress=report)
+        found = compare(a, b, rank_tol=rank_tol, exact=exact, progress=report)
     pictures = save_weight_pictures(folder, {"B − A": found}) if folder else []
     if as_json:
-        print_json(found.model_dump(mode="json") | ({"pictures": [str(path) for path in pictures]} if folder else {}))
-        return
+        files = {"pictures": [str(path) for path in pictures]} if folder else {}
+        print_json({"alike": found.alike} | found.model_dump(mode="json") | files)
+    else:
+        _show(found)
+        if folder:
+            line("")
+            line("Wrote pictures and tables to ", (str(folder), "bold"))
+    if not found.alike:
+        raise typer.Exit(1)
+
+
+def _show(found: Comparison) -> None:
     differ = "1 differs" if len(found.matrices) == 1 else f"{len(found.matrices)} differ"
     line(
         (f"{found.equal + len(found.rounded)} of {found.compared} tensors in both are equal", "bold"),
@@ -87,9 +100,6 @@ def inspect(
             line(
                 (f"{odd} entries that differ are NaN or infinite in one of the two; they are left out above", "yellow")
             )
-    if folder:
-        line("")
-        line("Wrote pictures and tables to ", (str(folder), "bold"))
 
 
 def _tell(found: Comparison) -> None:

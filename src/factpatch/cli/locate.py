@@ -16,6 +16,7 @@ from factpatch.cli.terminal import (
     JsonOption,
     ModelOption,
     SetOption,
+    SkipOption,
     err,
     line,
     method_settings,
@@ -64,19 +65,25 @@ def locate(
     trace: Annotated[bool, typer.Option(help="Ask causal tracing too, for comparison.")] = True,
     settings: SetOption = None,
     chat: ChatOption = False,
+    skip_invalid: SkipOption = False,
     seed: Annotated[int, typer.Option(help="Decides which facts are drawn, and the noise of tracing.")] = 0,
     dtype: DTypeOption = None,
     device: DeviceOption = None,
     output: Annotated[Path | None, typer.Option("--out", help="Folder for the picture and its numbers.")] = None,
     keep: Annotated[
-        bool, typer.Option(help="Keep the choice for this model: where no preset fits, the method edits there.")
+        bool,
+        typer.Option(
+            help="Keep the choice for this model: where no preset fits, the method edits there. One that rests on little "
+            "takes no other's place."
+        ),
     ] = True,
     as_json: JsonOption = False,
 ) -> None:
     """Find the block at which a method edits a model best, and show it beside what causal tracing suggests.
 
-    Held-out facts are edited one at a time at every second block, then around the best. It takes minutes to hours; a run
-    that is stopped goes on where it was. Exits with 1 if no block did any good.
+    Facts of the sample, or of --data, are edited one at a time at every second block, then around the best. With --chat
+    tracing asks in the chat template too. It takes minutes to hours; a run that is stopped goes on where it was. Exits with
+    1 if no block did any good.
     """
     from factpatch.analysis.locate import TRACED, locate
     from factpatch.analysis.locate import keep as keep_choice
@@ -85,7 +92,7 @@ def locate(
     from factpatch.methods import create
 
     wanted = None if layers is None else _numbers(layers)
-    edits = read(data).edits
+    dataset = read(data, skip_invalid=skip_invalid)
     maker = create(method, method_settings(settings, chat=chat))
     folder = _folder(output)
     with progress() as report:
@@ -93,11 +100,11 @@ def locate(
         found = locate(
             lm,
             maker,
-            edits=edits,
+            edits=dataset.edits,
             layers=wanted,
             limit=limit,
             traced=TRACED if trace else 0,
-            budget=None if minutes is None else 60 * minutes,
+            seconds=None if minutes is None else 60 * minutes,
             seed=seed,
             progress=report,
         )
@@ -105,12 +112,22 @@ def locate(
     preset = next((preset for preset in maker.presets if preset.shape == lm.shape), None)
     picture = _drawn(found, folder) if folder else None
     if as_json:
-        places = {"kept": kept and str(kept), "preset": preset and preset.source, "picture": picture and str(picture)}
-        print_json(places | found.model_dump(mode="json"))
+        more = {
+            "kept": kept and str(kept),
+            "preliminary": found.preliminary,
+            "preset": preset and preset.source,
+            "written": [str(picture), str(picture.with_suffix(".csv"))] if picture else [],
+            "skipped_records": len(dataset.skipped),
+        }
+        print_json(more | found.model_dump(mode="json"))
     else:
         _show(found)
+        if dataset.skipped:
+            line((f"{len(dataset.skipped)} records could not be read and were left out", "dim"))
         if kept:
-            line("kept in ", (str(kept), "bold"))
+            line("kept in ", (str(kept), "bold"), ", as preliminary: it rests on little" if found.preliminary else "")
+        elif keep and found.chosen is not None:
+            line(("not kept: it is preliminary, and an earlier choice is kept for this model", "yellow"))
         if kept and preset:
             line(
                 f"but a preset fits this model and goes before it ({preset.source}); to use what was found: --set {_set(found)}"
@@ -135,9 +152,14 @@ def _numbers(text: str) -> list[int]:
 
 def _folder(output: Path | None) -> Path | None:
     """The folder for pictures, asked for before the long work; one that is there is used, as a run may be gone on with."""
-    if output is None or output.is_dir():
-        return output
+    if output is None:
+        return None
     from factpatch.files import check_output
+    from factpatch.report.plots import check_drawable
+
+    check_drawable()
+    if output.is_dir():
+        return output
 
     check_output(output)
     return output
@@ -154,7 +176,8 @@ def _drawn(found: Located, folder: Path) -> Path:
 def _show(found: Located) -> None:
     """Two tables, for no table mixes the protocols; then the choice beside tracing's."""
     what = "blocks" if found.field == "layers" else "block"
-    line((found.method, "bold"), f" on {found.model}, {len(found.facts)} facts, each edited alone at each place")
+    facts = "1 fact" if len(found.facts) == 1 else f"{len(found.facts)} facts, each"
+    line((found.method, "bold"), f" on {found.model}, {facts} edited alone at each place")
     for protocol in ("survey", "open"):
         line((f"{protocol} protocol", "bold"))
         table = Table(header_style="bold", box=None, pad_edge=False)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from factpatch.cli.terminal import (
+    ChatOption,
     DeviceOption,
     DTypeOption,
     JsonOption,
@@ -36,6 +37,7 @@ EXAMPLES = """
   factpatch trace --subject France --prompt "The capital of France is"
   factpatch trace --subject France --prompt "The capital of France is" --answer Paris --part all --out france
   factpatch trace --data sample --limit 20 --part mlp --out sample-trace
+  factpatch trace --patch lyon --subject France --prompt "The capital of France is"
 """
 
 SHADES = " ·░▒▓█"
@@ -49,7 +51,9 @@ def register(app: typer.Typer) -> None:
 def trace(
     subject: Annotated[str | None, typer.Option(help="What the fact is about, as it stands in the prompt.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Beginning of a sentence that the answer ends.")] = None,
-    answer: Annotated[str | None, typer.Option(help="Its first token is traced; default: what the model says.")] = None,
+    answer: Annotated[
+        str | None, typer.Option(help="Its first token that tells something is traced; default: what the model says.")
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option(help="Average over the facts of these edits that the model knows; NAME:PATH or sample."),
@@ -66,6 +70,11 @@ def trace(
     samples: Annotated[int, typer.Option(min=1, help="Draws of noise.")] = 10,
     noise: Annotated[float, typer.Option(help="In standard deviations of subject tokens' embeddings.")] = 3.0,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    patch: Annotated[
+        list[Path] | None,
+        typer.Option(help="Patch folder; the model is traced with it. May be repeated, in order."),
+    ] = None,
+    chat: ChatOption = False,
     output: Annotated[
         Path | None, typer.Option("--out", help="Folder for heat maps (SVG) and their numbers (CSV).")
     ] = None,
@@ -87,47 +96,57 @@ def trace(
         raise BadConfig("--answer: it is the answer to --prompt.\n  Give --prompt and --subject too.")
 
     from factpatch.analysis import tracing
-    from factpatch.analysis.facts import Fact
+    from factpatch.analysis.facts import Fact, says
     from factpatch.data import read
     from factpatch.files import make_folder
     from factpatch.lm import load
+    from factpatch.patches import Patch
+    from factpatch.report.plots import check_drawable
 
     edits = read(data, skip_invalid=skip_invalid, limit=limit).edits if data is not None else ()
-    folder = make_folder(output) if output is not None else None  # before long work, not only after it
+    patches = [Patch.load(folder) for folder in patch or ()]
+    if output is not None:  # before long work, not only after it
+        check_drawable()
+        make_folder(output)
     parts = tracing.PARTS if part == "all" else (part,)
-    settings: dict[str, Any] = {"window": window, "samples": samples, "noise": noise, "seed": seed}
+    settings: dict[str, Any] = {"window": window, "samples": samples, "noise": noise, "seed": seed, "chat": chat}
     traces: list[Trace] = []
     averages: list[AverageTrace] = []
     is_said = True
     with progress() as report:
         lm = load(model, dtype=dtype, device=device, progress=report)
-        if prompt is not None and subject is not None:
-            fact = Fact(prompt, subject, answer if answer is not None else _said(lm, prompt))
-            is_said = _says(lm, fact)
-            traces = [tracing.trace(lm, fact, part=own, progress=_named(report, own), **settings) for own in parts]
-        if data is not None:
-            known = _known(lm, edits, data)
-            averages = [
-                tracing.average(tracing.trace_all(lm, known, part=own, progress=_named(report, own), **settings))
-                for own in parts
-            ]
-    written = _write(folder, traces, averages) if folder is not None else []
+        with lm.patched(*patches):
+            if prompt is not None and subject is not None:
+                fact = Fact(prompt, subject, answer if answer is not None else _said(lm, prompt, chat=chat))
+                (is_said,) = says(lm, [fact], chat=chat)
+                traces = [tracing.trace(lm, fact, part=own, progress=_named(report, own), **settings) for own in parts]
+            if data is not None:
+                known = _known(lm, edits, data, chat=chat)
+                averages = [
+                    tracing.average(tracing.trace_all(lm, known, part=own, progress=_named(report, own), **settings))
+                    for own in parts
+                ]
+    written = _write(output, traces, averages) if output is not None else []
     if as_json:
-        print_json(_described(lm, traces, averages, settings, is_said=is_said))
+        found = _described(lm, traces, averages, settings, is_said=is_said)
+        files = [str(file) for path in written for file in (path, path.with_suffix(".csv"))]
+        print_json(found | {"patches": [str(folder) for folder in patch or ()], "written": files})
     else:
+        if patch:
+            line((f"with {', '.join(folder.name for folder in patch)}", "dim"))
         _show(traces, averages)
         for path in written:
             line(f"Written: {path}")
     if not is_said:
         err.print(
-            f'The model does not itself say "{traces[0].fact.answer}" here: its first token is not the likeliest. What is '
-            "traced is then a fact that it does not know.",
+            f'The model does not itself say "{traces[0].fact.answer}" here: its likeliest tokens are others. What is traced '
+            "is then a fact that it does not know.",
             soft_wrap=True,
         )
 
 
-def _said(lm: LM, prompt: str) -> str:
-    said = lm.ask(prompt)
+def _said(lm: LM, prompt: str, *, chat: bool) -> str:
+    said = lm.ask(prompt, chat=chat)
     if not said:
         raise BadConfig(
             f'"{prompt}": the model ends at once, and says nothing that could be traced.\n'
@@ -136,17 +155,10 @@ def _said(lm: LM, prompt: str) -> str:
     return said
 
 
-def _says(lm: LM, fact: Fact) -> bool:
-    from factpatch.lm.predictions import predict
-
-    (found,) = predict(lm, lm.encode([fact.prompt], [fact.answer]))
-    return found.best[0] == found.target[0]
-
-
-def _known(lm: LM, edits: Sequence[Any], data: str) -> list[Fact]:
+def _known(lm: LM, edits: Sequence[Any], data: str, *, chat: bool) -> list[Fact]:
     from factpatch.analysis.facts import known_facts
 
-    known = known_facts(lm, edits)
+    known = known_facts(lm, edits, chat=chat)
     if not known:
         raise BadFile(
             f"{data}: {lm.name} knows none of its {len(edits)} facts: none has a subject and an old answer that it gives.\n"
@@ -188,10 +200,12 @@ def _show(traces: Sequence[Trace], averages: Sequence[AverageTrace]) -> None:
 
 
 def _map(own: Trace | AverageTrace, names: Sequence[str], cells: Sequence[Sequence[float]]) -> None:
-    from factpatch.report.traces import part_name
+    from factpatch.analysis.tracing import Trace
+    from factpatch.report.traces import part_name, shown_token
 
+    asked = f'"{shown_token(own.asked)}"' if isinstance(own, Trace) else "the answer's first telling token"
     line(
-        f"restored: {part_name(own.part, own.window)}; p of the answer's first token "
+        f"restored: {part_name(own.part, own.window)}; p of {asked} "
         f"{own.clean:.2g} clean, {own.corrupted:.2g} corrupted"
     )
     most = max(0.0, *(value for row in cells for value in row))
@@ -235,6 +249,7 @@ def _described(
                 "said_by_the_model": is_said,
                 "part": own.part,
                 "window": own.window,
+                "asked": own.asked,
                 "tokens": list(own.tokens),
                 "subject_tokens": list(own.subject),
                 "clean": own.clean,

@@ -74,11 +74,19 @@ def kept(lm: LM) -> Mapping[str, Choice]:
     return _at_hand(lm)
 
 
-def keep(lm: LM, method: str, choice: Choice) -> Path:
-    """Keep a choice in place of an earlier one for this method; where it is kept. Raises OutputError."""
+def keep(lm: LM, method: str, choice: Choice, *, replace: bool = True) -> Path | None:
+    """Keep a choice for this method; where it is kept, or None if it is not.
+
+    replace  whether it takes the place of an earlier one; otherwise it is kept only if there is none
+
+    Raises OutputError.
+    """
     path = _path(lm)
     with locked(make_folder(path.parent) / f"{path.stem}.lock"):
-        choices = {**_read(lm, path), method: choice}
+        there = _read(lm, path)
+        if method in there and not replace:
+            return None
+        choices = {**there, method: choice}
         with whole_file(path) as draft:
             content = _File(model=lm.name, fingerprint=lm.fingerprint, choices=choices)
             draft.write_text(content.model_dump_json(indent=2) + "\n", encoding="utf-8")

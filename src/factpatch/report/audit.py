@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from factpatch.analysis.audit_result import Audit, Recall
+from factpatch.analysis.audit_result import LEVEL, Audit, Recall
 from factpatch.analysis.audit_words import NAMES, fact_verdict, verdict
 from factpatch.errors import MissingExtra
 from factpatch.files import make_folder, whole_file
@@ -28,13 +28,16 @@ def as_json(audit: Audit) -> str:
     """Everything: the verdict in words, recall by attack, model and budget, and every list of candidates."""
     told = {
         "recovered": audit.recovered,
+        "can_tell": audit.can_tell,
+        "in_doubt": audit.in_doubt,
+        "untested": list(audit.untested),
         "verdict": verdict(audit),
         "by_fact": {fact.id: fact_verdict(audit, fact.id) for fact in audit.facts},
         "standing_out": audit.standing_out("after").model_dump(mode="json"),
         "clear": list(audit.clear),
         "recall": audit.table(),
     }
-    return json.dumps(told | audit.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(told | audit.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def as_markdown(audit: Audit) -> str:
@@ -82,7 +85,7 @@ def as_html(audit: Audit) -> str:
         script=own_files.joinpath("page.js").read_text(encoding="utf-8"),
         headline=head,
         verdict=rest,
-        recovered=audit.recovered,
+        recovered=audit.recovered or audit.in_doubt,
         about=_about(audit),
         about_numbers=_about_numbers(audit),
         heads=_heads(audit),
@@ -193,8 +196,12 @@ def _found(row: Recall) -> str:
 def _about_numbers(audit: Audit) -> str:
     return (
         f"Facts whose old answer is among the first {audit.budget} candidates. Decoys: the share of answers never told that are "
-        "among them. p: how likely so many are found if old answers turn up like decoys. A short text counts if the old "
-        "answer is in it as a whole phrase; a token, if the old answer begins with it."
+        "among them. p: how likely so many are found if old answers turn up like decoys; it is reckoned from the canonical "
+        "spelling of each, since every spelling is another chance, while the counts are of any spelling. A short text counts "
+        "if the old answer is in it as a whole phrase; a token, if the old answer begins with it and the new one does not. "
+        f"Two tests decide, whether old answers stand out among decoys and whether one attack is clear by itself, each at "
+        f"{LEVEL / 2:.1%}: where old answers turn up like decoys, independently of one another, at most {LEVEL:.0%} of audits "
+        "say that they are recoverable."
     )
 
 

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from factpatch.analysis.decay import Break, Checkpoint, Decay, Rule, breaks
+from factpatch.analysis.decay import Break, Decay, Look, Rule, breaks
 from factpatch.report.picture import Cell
-from factpatch.report.plots import INK, MARKS, colour, figure
+from factpatch.report.plots import INK, colour, figure
+from factpatch.report.weights import legend_above, marked
 from factpatch.scoring import ProtocolName
 
 __all__ = ["Picture", "decay_pictures", "decay_rows"]
@@ -71,8 +72,8 @@ def decay_rows(decays: Mapping[str, Decay]) -> list[Row]:
     ]
 
 
-def _vitals(checkpoint: Checkpoint) -> Row:
-    vitals = checkpoint.vitals
+def _vitals(look: Look) -> Row:
+    vitals = look.vitals
     return {
         "perplexity": vitals.perplexity,
         "perplexity_ratio": vitals.perplexity_ratio,
@@ -89,7 +90,7 @@ def _headline(decay: Decay) -> ProtocolName:
 
 
 def _success(decays: Mapping[str, Decay], protocol: ProtocolName, first: Mapping[str, Break | None]) -> Picture:
-    """At end against the number of edits, at edit dashed, with a ring where each method broke."""
+    """At end against the number of patches, at edit dashed, with a ring where each method broke."""
     rows: list[Row] = []
     title = f"Success in sequence, {protocol} protocol"
     with figure(HEIGHT, title, WIDTH) as (axes, drawn):
@@ -105,7 +106,7 @@ def _success(decays: Mapping[str, Decay], protocol: ProtocolName, first: Mapping
             rows += [
                 {
                     "method": label,
-                    "edits": point.patches,
+                    "patches": point.patches,
                     "at_end": point.at_end,
                     "at_edit": point.at_edit,
                     "broken": broken is not None and point.patches >= broken.at,
@@ -119,12 +120,12 @@ def _success(decays: Mapping[str, Decay], protocol: ProtocolName, first: Mapping
         if any(first.values()):
             ring = axes.scatter([], [], s=110, facecolors="none", edgecolors=INK, linewidths=1.3, label="broken")
             more.append(ring)
-        _legend(axes, more)
+        legend_above(axes, 4, more)
     return Picture(f"success-{protocol}", drawn[0], rows)
 
 
 def _ages(decays: Mapping[str, Decay], protocol: ProtocolName) -> Picture | None:
-    """After the last edit, by how many were made since; the same edits right after each was made, dashed."""
+    """After the last patch, by how many were made since; the same edits right after each was made, dashed."""
     found = {label: decay.ages(protocol) for label, decay in decays.items()}
     bins = sorted({(one.youngest, one.oldest) for own in found.values() for one in own})
     # The last bin ends with the longest sequence; of shorter ones it is the same bin.
@@ -149,8 +150,8 @@ def _ages(decays: Mapping[str, Decay], protocol: ProtocolName) -> Picture | None
             _line(axes, i, label, [(places[one.youngest], one.now) for one in own])
             _dashed(axes, i, [(places[one.youngest], one.at_edit) for one in own])
         axes.set_xticks(list(places.values()), [names[youngest] for youngest in places])
-        axes.set(xlabel="edits made since", ylabel="success after the last edit (0 to 1)", ylim=(-0.04, 1.05))
-        _legend(axes, [_key(axes, "right after each edit", "--")])
+        axes.set(xlabel="patches made since", ylabel="success after the last patch (0 to 1)", ylim=(-0.04, 1.05))
+        legend_above(axes, 4, [_key(axes, "right after each edit", "--")])
     return Picture(f"age-{protocol}", drawn[0], rows)
 
 
@@ -165,7 +166,7 @@ def _score(decays: Mapping[str, Decay], protocol: ProtocolName, score: str, labe
     }
     if all(value is None for line in lines.values() for _, value in line):
         return None
-    rows = [{"method": m, "edits": int(at), score: value} for m, line in lines.items() for at, value in line]
+    rows = [{"method": m, "patches": int(at), score: value} for m, line in lines.items() for at, value in line]
     with figure(HEIGHT, f"{label.capitalize()} in sequence, {protocol} protocol", WIDTH) as (axes, drawn):
         for i, (method, line) in enumerate(lines.items()):
             _line(axes, i, method, line)
@@ -175,7 +176,7 @@ def _score(decays: Mapping[str, Decay], protocol: ProtocolName, score: str, labe
             axes.set_ylim(bottom=0)
         else:
             axes.set(ylabel=f"{label} (0 to 1)", ylim=(-0.04, 1.05))
-        _legend(axes)
+        legend_above(axes, 4)
     return Picture(f"{score}-{protocol}", drawn[0], rows)
 
 
@@ -224,9 +225,9 @@ def _vital(
     *,
     log: bool,
 ) -> Picture | None:
-    """One measure of the model against the number of edits; on a logarithmic axis, what is zero or infinite has no mark."""
+    """One measure of the model against the number of patches; on a logarithmic axis, what is zero or infinite has no mark."""
     measured = {m: [(point.patches, _vitals(point)) for point in decay.checkpoints] for m, decay in decays.items()}
-    rows: list[Row] = [{"method": m, "edits": at, **found} for m, own in measured.items() for at, found in own]
+    rows: list[Row] = [{"method": m, "patches": at, **found} for m, own in measured.items() for at, found in own]
     lines: dict[str, list[tuple[int, Any]]] = {
         m: [(at, found[column]) for at, found in own] for m, own in measured.items()
     }
@@ -251,7 +252,7 @@ def _vital(
         if limit is not None:
             axes.axhline(limit, color=INK, linestyle=":", linewidth=1.2, alpha=0.8)
             more.append(_key(axes, f"limit {limit:g}", ":"))
-        _legend(axes, more)
+        legend_above(axes, 4, more)
     return Picture(name, drawn[0], rows)
 
 
@@ -260,10 +261,7 @@ def _line(axes: Any, index: int, label: str, points: Sequence[tuple[float, float
     axes.plot(
         [at for at, _ in known],
         [value for _, value in known],
-        color=colour(index),
-        marker=MARKS[(index // 10 + index) % len(MARKS)],
-        markersize=5,
-        linewidth=1.7,
+        **marked(index, linewidth=1.7),
         label=label,
         zorder=3,
     )
@@ -289,7 +287,7 @@ def _counts(axes: Any, decays: Mapping[str, Decay]) -> None:
     axes.set_xscale("log")
     axes.set_xticks(ticks, [f"{count:,}" for count in ticks], minor=False)
     axes.set_xticks([], minor=True)
-    axes.set(xlabel="edits made, all kept")
+    axes.set(xlabel="patches asked for, all that were made kept")
 
 
 def _plain(value: float, place: int = 0) -> str:  # noqa: ARG001 - Matplotlib gives a place
@@ -305,20 +303,3 @@ def _key(axes: Any, label: str, style: str) -> Any:
     """An entry of the legend for what is not a method."""
     (line,) = axes.plot([], [], color=INK, linestyle=style, linewidth=1.2, label=label)
     return line
-
-
-def _legend(axes: Any, more: Sequence[Any] = ()) -> None:
-    """Above the plot: the methods, then what else there is to know."""
-    handles, labels = axes.get_legend_handles_labels()
-    last = [handle.get_label() for handle in more]
-    pairs = [(h, text) for h, text in zip(handles, labels, strict=True) if text not in last]
-    pairs += [(handle, handle.get_label()) for handle in more]
-    axes.legend(
-        [handle for handle, _ in pairs],
-        [text for _, text in pairs],
-        loc="lower center",
-        bbox_to_anchor=(0.5, 1.0),
-        ncols=4,
-        frameon=False,
-        fontsize=8.5,
-    )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from factpatch.analysis.places import LEVELS, MEASURES, Comparison, Level, Measure, Places, ValueReading
+from factpatch.analysis.places import LEVELS, MEASURES, Level, LevelComparison, Measure, PlacesReport, ValueReading
 from factpatch.report.picture import Cell, save_picture
 from factpatch.report.plots import INK, colour, figure
 from factpatch.report.stats import Interval, bootstrap
@@ -17,6 +17,9 @@ Bar = tuple[float, Interval | None]
 """A value and its interval."""
 
 HITS = (10, 50)
+
+_ENOUGH = 6
+"""Groups, or edits, for an interval: of two values a bootstrap gives these values, and hardly more of a few."""
 
 _WHOSE: dict[Level, str] = {
     "wording": "Wordings of one fact",
@@ -34,19 +37,20 @@ _WHAT: dict[Measure, str] = {
 _FOUND_BY: tuple[tuple[str, Measure], ...] = (("knowledge neurons", "neurons"), ("causal tracing", "layers"))
 
 
-def place_rows(places: Places) -> list[dict[str, Cell]]:
-    """A row for each measure and level; intervals are of means over groups, at 95 %.
+def place_rows(places: PlacesReport) -> list[dict[str, Cell]]:
+    """A row for each measure and level; intervals are of means over groups, at 95 %, and None with too few groups.
 
     inside, outside  how alike the places of facts that belong together are, and those of unrelated facts
     times            the first over the second
     rsim             relative similarity; its interval is cut off at 0 as it is itself
+    told_apart       whether the interval, before that, lies above 0; None with too few groups to tell
     """
     return [_row(one) for one in places.comparisons]
 
 
-def _row(one: Comparison) -> dict[str, Cell]:
-    inside = bootstrap([group.inside for group in one.groups])
-    relative = bootstrap(one.relative)
+def _row(one: LevelComparison) -> dict[str, Cell]:
+    inside = _interval([group.inside for group in one.groups])
+    relative = _interval(one.relative)
     return {
         "measure": one.measure,
         "level": one.level,
@@ -60,13 +64,17 @@ def _row(one: Comparison) -> dict[str, Cell]:
         "rsim": one.rsim,
         "rsim_low": None if relative is None else max(relative[0], 0.0),
         "rsim_high": None if relative is None else min(max(relative[1], 0.0), 1.0),
-        "told_apart": relative is not None and relative[0] > 0,
+        "told_apart": None if relative is None else relative[0] > 0,
     }
 
 
-def hit_rows(places: Places) -> list[dict[str, Cell]]:
-    """Hit@10 and Hit@50 before and after, for each method and what was read; over all its edits, and over those that all
-    methods made, as the survey has it.
+def _interval(values: Sequence[float]) -> Interval | None:
+    return bootstrap(values) if len(values) >= _ENOUGH else None
+
+
+def hit_rows(places: PlacesReport) -> list[dict[str, Cell]]:
+    """Hit@10 and Hit@50 before and after, for each method and what was read; over all edits that it did not refuse, and over
+    those that all methods made, as the survey has it.
     """
     methods = list(dict.fromkeys(value.method for value in places.values))
     made = [{value.edit for value in places.values if value.method == name and value.made} for name in methods]
@@ -104,7 +112,7 @@ def _hits(
     for most in HITS:
         for when, moment in enumerate(("before", "after")):
             hits = [float(ranks(value)[when] <= most) for value in values]
-            interval = bootstrap(hits)
+            interval = _interval(hits)
             row |= {
                 f"hit{most}_{moment}": fmean(hits),
                 f"hit{most}_{moment}_low": interval and interval[0],
@@ -113,37 +121,54 @@ def _hits(
     return row
 
 
-def sentences(places: Places) -> list[str]:
+def sentences(places: PlacesReport) -> list[str]:
     """What was found at each level, and then of each way of locating, in words that follow from the numbers."""
     by = {(one.measure, one.level): one for one in places.comparisons}
     told: list[str] = []
     for level in LEVELS:
         parts = [_part(by[measure, level], noun) for measure, noun in _SHARED.items() if (measure, level) in by]
         if parts:
-            told.append(f"{_WHOSE[level]} share {', and '.join(parts)}.")
+            told.append(f"{_WHOSE[level]}: {'; '.join(parts)}.")
     for name, measure in _FOUND_BY:
         ranked = sorted((by[measure, level] for level in LEVELS if (measure, level) in by), key=lambda one: -one.rsim)
         apart = [one for one in ranked if _row(one)["told_apart"]]
+        few = [one.level for one in ranked if len(one.groups) < _ENOUGH]
+        rest = f" Too few groups to tell: {', '.join(few)}." if few else ""
         if apart:
             order = ", ".join(f"{one.level} {one.rsim:.2f}" for one in apart)
-            told.append(f"By {name}, these are told apart from unrelated facts (RSim, the greatest first): {order}.")
+            told.append(
+                f"By {name}, these are told apart from unrelated facts (RSim, the greatest first): {order}.{rest}"
+            )
+        elif len(few) < len(ranked):
+            told.append(f"By {name}, what belongs together is at no level told apart from unrelated facts.{rest}")
         elif ranked:
-            told.append(f"By {name}, what belongs together is at no level told apart from unrelated facts.")
+            told.append(f"By {name}, there are too few groups at every level to tell facts apart from unrelated ones.")
     return told
 
 
 _SHARED: dict[Measure, str] = {"neurons": "neurons", "layers": "traced layers"}
 
 
-def _part(one: Comparison, noun: str) -> str:
+def _part(one: LevelComparison, noun: str) -> str:
     row = _row(one)
-    times = f"{one.inside / one.outside:.1f} times as many" if one.outside > 0 else "some"
-    than = "as unrelated facts" if one.outside > 0 else "where unrelated facts share none"
-    clear = "" if row["told_apart"] else ", which may be chance"
-    return f"{times} {noun} {than} ({one.inside:.2g} against {one.outside:.2g}; RSim {one.rsim:.2f}{clear})"
+    if one.outside > 0:
+        than = f"overlap {one.inside / one.outside:.1f} times as much as those of unrelated facts"
+    elif one.inside > 0:
+        than = "overlap, while those of unrelated facts do not"
+    else:
+        than = "do not overlap, and nor do those of unrelated facts"
+    several = "1 group is" if len(one.groups) == 1 else f"{len(one.groups)} groups are"
+    clear = {True: "", False: ", which may be chance", None: f"; {several} too few to tell"}[_apart(row)]
+    return f"their {noun} {than} ({one.inside:.2g} against {one.outside:.2g}; RSim {one.rsim:.2f}{clear})"
 
 
-def save_places(folder: Path, places: Places) -> list[Path]:
+def _apart(row: Mapping[str, Cell]) -> bool | None:
+    told = row["told_apart"]
+    assert told is None or isinstance(told, bool)
+    return told
+
+
+def save_places(folder: Path, places: PlacesReport) -> list[Path]:
     """Pictures with their numbers beside them: `places`, `places-alike` and, where edits were made, `places-hits`."""
     rows = place_rows(places)
     relative = interval_bars(_by_level(rows, "rsim"), "relative similarity (RSim)", "Places told apart")

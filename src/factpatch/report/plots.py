@@ -14,7 +14,7 @@ from typing import Any
 
 from factpatch.errors import MissingExtra
 
-__all__ = ["bars", "colour", "curves", "figure", "grouped_bars", "scatter", "standalone"]
+__all__ = ["bars", "check_drawable", "colour", "curves", "figure", "grouped_bars", "scatter", "standalone"]
 
 INK = "#123456"
 """Stands for the colour of the page's text, which is not known here."""
@@ -30,16 +30,25 @@ def colour(index: int) -> str:
     return COLOURS[index % len(COLOURS)]
 
 
-@contextmanager
-def figure(height: float, title: str, width: float = WIDTH) -> Iterator[tuple[Any, list[str]]]:
-    """Axes to draw on, of so many inches; the list holds the SVG text afterwards."""
+def check_drawable() -> None:
+    """Raise MissingExtra if nothing can be drawn: asked before long work, not only after it."""
+    _matplotlib()
+
+
+def _matplotlib() -> tuple[Any, Any]:
+    """Matplotlib and its figures. Raises MissingExtra."""
     try:
-        figures = import_module("matplotlib.figure")
-        matplotlib: Any = import_module("matplotlib")
+        return import_module("matplotlib"), import_module("matplotlib.figure")
     except ImportError:
         raise MissingExtra(
             "A page with plots needs Matplotlib, which is not installed.\n  Install it: pip install 'factpatch[report]'"
         ) from None
+
+
+@contextmanager
+def figure(height: float, title: str, width: float = WIDTH) -> Iterator[tuple[Any, list[str]]]:
+    """Axes to draw on, of so many inches; the list holds the SVG text afterwards. Raises MissingExtra."""
+    matplotlib, figures = _matplotlib()
     style = {
         "svg.fonttype": "none",
         "svg.hashsalt": "factpatch",

@@ -41,7 +41,8 @@ def trace_map(trace: Trace) -> str:
     names = [
         shown_token(text) + (" *" if first <= i < end else "  ") for i, text in enumerate(trace.tokens)
     ]  # the blanks keep the texts in line
-    title = f"{shown_token(trace.fact.answer)}: p of its first token {trace.clean:.2g} clean, {trace.corrupted:.2g} corrupted"
+    p = f'p("{shown_token(trace.asked)}")' if trace.asked else "p"
+    title = f"{shown_token(trace.fact.answer)}: {p} {trace.clean:.2g} clean, {trace.corrupted:.2g} corrupted"
     return _map(trace.effects.tolist(), names, trace.part, trace.window, title)
 
 

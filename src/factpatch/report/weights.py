@@ -11,7 +11,7 @@ from factpatch.analysis.weights import THRESHOLDS, Change, Overlap
 from factpatch.report.picture import Cell, save_picture, save_table
 from factpatch.report.plots import INK, MARKS, colour, figure
 
-__all__ = ["by_block", "heat_map", "save_weight_pictures", "sparsity_curves", "spectra"]
+__all__ = ["by_block", "heat_map", "legend_above", "marked", "save_weight_pictures", "sparsity_curves", "spectra"]
 
 MEASURES = {
     "outputs": "Mean squared cosine between the spaces written into",
@@ -66,16 +66,16 @@ def by_block(changes: Mapping[str, Change]) -> str:
         for i, (name, change) in enumerate(changes.items()):
             found = {t.block: t.relative for t in change.blocks if t.relative}
             across = list(range(layers))
-            axes.plot(across, [found.get(block, float("nan")) for block in across], label=name, **_mark(i))
+            axes.plot(across, [found.get(block, float("nan")) for block in across], label=name, **marked(i))
             if None in found:
                 outside = True
-                axes.plot([layers], [found[None]], **_mark(i))
+                axes.plot([layers], [found[None]], **marked(i))
         step = max(1, ceil(layers / 12))
         ticks = [*range(0, layers, step), *([layers] if outside else [])]
         axes.set_xticks(ticks, [*map(str, range(0, layers, step)), *(["other"] if outside else [])])
         axes.set_xlim(-0.5, layers - 0.5 + outside)
         axes.set(yscale="log", xlabel="block", ylabel="‖ΔW‖ / ‖W‖ of the block's matrices")
-        _legend(axes)
+        legend_above(axes)
     return drawn[0]
 
 
@@ -84,10 +84,10 @@ def sparsity_curves(changes: Mapping[str, Change]) -> str:
     with figure(_height(changes), "Share of entries changed by more than a threshold") as (axes, drawn):
         for i, (name, change) in enumerate(changes.items()):
             points = [(x, share) for x, share in zip(THRESHOLDS, _shares(change), strict=True) if share > 0]
-            axes.plot(*(zip(*points, strict=True) if points else ([], [])), label=name, **_mark(i))
+            axes.plot(*(zip(*points, strict=True) if points else ([], [])), label=name, **marked(i))
         axes.set(xscale="log", yscale="log", xlabel="x, in RMS of the matrix's own entries")
         axes.set(xlim=(THRESHOLDS[0] / 1.5, THRESHOLDS[-1] * 1.5), ylabel="share of entries with |ΔW| > x")
-        _legend(axes)
+        legend_above(axes)
     return drawn[0]
 
 
@@ -98,7 +98,7 @@ def spectra(changes: Mapping[str, Change]) -> str:
             falling = sorted(change.matrices, key=lambda m: m.norm)
             for at, m in enumerate(falling):
                 strongest = at == len(falling) - 1
-                style = {"label": name, "zorder": 4} | _mark(i) if strongest else {"alpha": 0.3, "linewidth": 0.7}
+                style = {"label": name, "zorder": 4} | marked(i) if strongest else {"alpha": 0.3, "linewidth": 0.7}
                 # A single value is a mark: a line of one point is not seen.
                 if not strongest and m.rank == 1:
                     style |= {"marker": ".", "markersize": 3}
@@ -107,7 +107,7 @@ def spectra(changes: Mapping[str, Change]) -> str:
         axes.set(xscale="log", yscale="log", xlabel="number of the singular value", ylabel="singular value of ΔW")
         most = max((m.rank for change in changes.values() for m in change.matrices), default=1)
         axes.set_xlim(0.85, max(2, most) * 1.2)
-        _legend(axes)
+        legend_above(axes)
     return drawn[0]
 
 
@@ -141,9 +141,10 @@ def _height(changes: Mapping[str, Change]) -> float:
     return 3.4 + 0.22 * ceil(len(changes) / 3)
 
 
-def _mark(index: int) -> dict[str, Any]:
+def marked(index: int, linewidth: float = 1.4) -> dict[str, Any]:
+    """How one of many lines is told from the others: a colour and a mark, of which the pair comes again after a hundred."""
     mark = MARKS[(index // 10 + index) % len(MARKS)]
-    return {"color": colour(index), "marker": mark, "markersize": 5, "linewidth": 1.4}
+    return {"color": colour(index), "marker": mark, "markersize": 5, "linewidth": linewidth}
 
 
 def _spaced(count: int) -> list[int]:
@@ -155,8 +156,17 @@ def _spaced(count: int) -> list[int]:
     return places
 
 
-def _legend(axes: Any) -> None:
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, fontsize=8.5)
+def legend_above(axes: Any, columns: int = 3, more: Sequence[Any] = ()) -> None:
+    """Above the plot: what is drawn, then `more`, handles of what else there is to know."""
+    handles = [handle for handle in axes.get_legend_handles_labels()[0] if not any(handle is other for other in more)]
+    axes.legend(
+        handles=[*handles, *more],
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+        ncols=columns,
+        frameon=False,
+        fontsize=8.5,
+    )
 
 
 def _shares(change: Change) -> list[float]:

@@ -8,7 +8,7 @@ first of an answer. Tokens without a letter or digit are passed over, as are oth
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -23,23 +23,30 @@ from factpatch.lm.batches import Batch, Places, by_rows, length_batches
 from factpatch.lm.hooks import reading
 from factpatch.lm.run import logits_at
 from factpatch.lm.tokens import Encoded
-from factpatch.progress import Progress
+from factpatch.progress import Progress, part
 
 __all__ = ["HeadProjection", "ProbabilityDelta", "UpdateProjection", "read_through_head", "states"]
 
 _WORDINGS = 3
 """Read at the end of the prompt, and of its rephrases up to so many wordings."""
+AT_ONCE = 64
+"""Questions whose predictions are held at once, for one place."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Sighting:
-    """A token among the foremost at one place: 1 is the first; `size` tells those of one rank apart."""
+    """A token where it stands foremost: 1 is the first; `size` tells those of one rank apart, `blocks` are all with this rank."""
 
-    token: int
     rank: int
     size: float
     block: int
     place: str
+    blocks: set[int]
+
+    @property
+    def key(self) -> tuple[int, float, int]:
+        """What goes before what."""
+        return self.rank, -self.size, self.block
 
 
 @torch.no_grad()
@@ -81,18 +88,27 @@ class _Reading(Attack):
         self, lm: LM, questions: Sequence[Question], setting: Setting, progress: Progress
     ) -> list[list[Candidate]]:
         """The first of every place before the second of any; of equals those with the greatest probability, or change of it."""
+        parts = [questions[start : start + AT_ONCE] for start in range(0, len(questions), AT_ONCE)]
+        found = []
+        for number, own in enumerate(parts):
+            found += self._candidates(lm, own, setting, part(progress, number, len(parts)))
+        return found
+
+    def _candidates(
+        self, lm: LM, questions: Sequence[Question], setting: Setting, progress: Progress
+    ) -> list[list[Candidate]]:
         asked = [(q, text) for q, question in enumerate(questions) for text in question.wordings[:_WORDINGS]]
         texts = lm.encode([text for _, text in asked], chat=setting.chat)
-        seen: list[list[_Sighting]] = [[] for _ in questions]
+        seen: list[dict[int, _Sighting]] = [{} for _ in questions]
         # Some of the foremost are white space and marks, and the same words stand foremost at several places.
         most = 2 * setting.budget
         for block, place, scores in self.scores(lm, texts):
             progress(f"Attack: {self.title}", block, lm.anatomy.n_layers)
             top = scores.topk(min(most, scores.shape[-1]), dim=-1)
             for (q, text), tokens, sizes in zip(asked, top.indices.tolist(), top.values.tolist(), strict=True):
-                pairs = enumerate(zip(tokens, sizes, strict=True), 1)
                 where = f"{place}: {text}"
-                seen[q] += [_Sighting(token, rank, size, block, where) for rank, (token, size) in pairs]
+                for rank, (token, size) in enumerate(zip(tokens, sizes, strict=True), 1):
+                    _see(seen[q], token, _Sighting(rank, size, block, where, {block}))
         progress(f"Attack: {self.title}", lm.anatomy.n_layers, lm.anatomy.n_layers)
         return [best(_union(lm, own), setting.budget) for own in seen]
 
@@ -156,14 +172,24 @@ def _updates(lm: LM) -> Iterator[tuple[int, str, nn.Module]]:
                 continue
 
 
-def _union(lm: LM, seen: Iterable[_Sighting]) -> Iterator[Candidate]:
+def _see(seen: dict[int, _Sighting], token: int, now: _Sighting) -> None:
+    """Keep the best sighting of a token, with all blocks at which it ranks as high."""
+    kept = seen.get(token)
+    if kept is None or now.rank < kept.rank:
+        seen[token] = now
+    elif now.rank == kept.rank:
+        kept.blocks |= now.blocks
+        if now.key < kept.key:
+            now.blocks = kept.blocks
+            seen[token] = now
+
+
+def _union(lm: LM, seen: Mapping[int, _Sighting]) -> Iterator[Candidate]:
     """Tokens by their best rank anywhere, then by size, with the blocks at which they have that rank."""
-    places: dict[int, list[_Sighting]] = {}
-    for one in sorted(seen, key=lambda s: (s.rank, -s.size, s.block)):
-        own = places.setdefault(one.token, [])
-        if not own or one.rank == own[0].rank:
-            own.append(one)
-    for token, own in places.items():
-        blocks = tuple(sorted({one.block for one in own}))
-        source = f"rank {own[0].rank}, {own[0].place}"
-        yield Candidate(text=lm.tokens.decode([token]).strip(), token=token, source=source, blocks=blocks)
+    for token, own in sorted(seen.items(), key=lambda pair: pair[1].key):
+        yield Candidate(
+            text=lm.tokens.decode([token]).strip(),
+            token=token,
+            source=f"rank {own.rank}, {own.place}",
+            blocks=tuple(sorted(own.blocks)),
+        )

@@ -21,16 +21,17 @@ from factpatch.edits import Probe
 from factpatch.errors import AnatomyError
 from factpatch.lm import LM
 from factpatch.lm.anatomy import Projection
-from factpatch.lm.batches import by_rows
+from factpatch.lm.batches import by_rows, length_batches
 from factpatch.lm.hooks import replacing_output
-from factpatch.methods.targets import TargetBatch
+from factpatch.lm.tokens import Encoded
+from factpatch.methods.targets import TargetBatch, constant_weights, tokens_at_once
 from factpatch.progress import Progress, silent
 
 __all__ = ["Relearning", "Study", "steps_to_learn"]
 
 RANK = 4
 AT_ONCE = 16
-"""Facts that are learnt beside one another, each with an addition of its own."""
+"""Facts that are learnt beside one another, each with an addition of its own, at most; fewer where texts are long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ class Relearning(Attack):
             texts = lm.encode([p.prompt for p in lessons], [p.answers[0] for p in lessons], chat=setting.chat)
             asked = [(i, text) for i in own for text in wordings[i]]
             with _added(lm, setting.seed, rows=None) as factors:
-                train = _training(factors, TargetBatch(lm, texts), self.study.lr)
+                train = _training(factors, _batches(lm, texts), self.study.lr)
                 for step in range(1, self.study.steps + 1):
                     progress(
                         f"Attack: {self.title}", number * self.study.steps + step - 1, len(courses) * self.study.steps
@@ -108,24 +109,33 @@ def steps_to_learn(
     """
     found: list[int | None] = [None] * len(texts)
     encoded = lm.encode([p.prompt for p in texts], [p.answers[0] for p in texts], chat=chat)
-    order = sorted(range(len(texts)), key=lambda i: len(encoded[i].ids))
-    for start in range(0, len(order), AT_ONCE):
-        progress("Timing how fast answers are learnt", start, len(order))
-        own = order[start : start + AT_ONCE]
-        batch = TargetBatch(lm, [encoded[i] for i in own])
-        with _added(lm, seed, rows=len(own)) as factors:
-            train = _training(factors, batch, study.lr)
-            for step in range(study.steps + 1):
-                for i, is_right in zip(own, train().tolist(), strict=True):
-                    if is_right and found[i] is None:
-                        found[i] = step
-                if all(found[i] is not None for i in own):
-                    break
-    progress("Timing how fast answers are learnt", len(order), len(order))
+    lengths, done = [len(text.ids) for text in encoded], 0
+    for same in length_batches(lengths, tokens_at_once(lm, 0)):
+        for own in (same[start : start + AT_ONCE] for start in range(0, len(same), AT_ONCE)):
+            progress("Timing how fast answers are learnt", done, len(texts))
+            done += len(own)
+            batch = TargetBatch(lm, [encoded[i] for i in own])
+            with _added(lm, seed, rows=len(own)) as factors:
+                train = _training(factors, [batch], study.lr)
+                for step in range(study.steps + 1):
+                    for i, is_right in zip(own, train().tolist(), strict=True):
+                        if is_right and found[i] is None:
+                            found[i] = step
+                    if all(found[i] is not None for i in own):
+                        break
+    progress("Timing how fast answers are learnt", done, len(texts))
     return found
 
 
-def _training(factors: Sequence[Tensor], batch: TargetBatch, lr: float) -> Callable[[], Bool[Tensor, " texts"]]:
+def _batches(lm: LM, texts: Sequence[Encoded]) -> list[TargetBatch]:
+    """As many texts at once as their gradients leave room for."""
+    lengths = [len(text.ids) for text in texts]
+    return [TargetBatch(lm, [texts[i] for i in own]) for own in length_batches(lengths, tokens_at_once(lm, 0))]
+
+
+def _training(
+    factors: Sequence[Tensor], batches: Sequence[TargetBatch], lr: float
+) -> Callable[[], Bool[Tensor, " texts"]]:
     """A step of Adam on the sum of the texts' losses; each call tells which texts were predicted before it.
 
     Factors that only one text's row uses see only that text's loss.
@@ -133,13 +143,18 @@ def _training(factors: Sequence[Tensor], batch: TargetBatch, lr: float) -> Calla
     optimiser = torch.optim.Adam(factors, lr=lr)
 
     def step() -> Bool[Tensor, " texts"]:
-        with torch.enable_grad():
-            nll, correct = batch.nll_and_correct()
-            gradients = torch.autograd.grad(nll.sum(), factors, allow_unused=True)
-        for factor, gradient in zip(factors, gradients, strict=True):
-            factor.grad = gradient
+        optimiser.zero_grad()
+        right = []
+        for batch in batches:
+            with torch.enable_grad():
+                nll, correct = batch.nll_and_correct()
+                gradients = torch.autograd.grad(nll.sum(), factors, allow_unused=True)
+            for factor, gradient in zip(factors, gradients, strict=True):
+                if gradient is not None:
+                    factor.grad = gradient if factor.grad is None else factor.grad + gradient
+            right.append(correct)
         optimiser.step()
-        return correct
+        return torch.cat(right)
 
     return step
 
@@ -153,6 +168,7 @@ def _added(lm: LM, seed: int, *, rows: int | None) -> Iterator[list[Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     factors: list[Tensor] = []
     with ExitStack() as stack:
+        stack.enter_context(constant_weights(lm))
         for projection in _projections(lm):
             out, width = projection.matrix.shape
             # Drawn once and for all rows alike: what a row learns must not depend on where it stands.
