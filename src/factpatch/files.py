@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import platformdirs
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from factpatch.errors import OutputError
 
-__all__ = ["cache_root", "check_output", "locked", "sha256_of", "whole_file", "whole_folder"]
+__all__ = ["cache_root", "check_output", "locked", "remove_drafts", "sha256_of", "whole_file", "whole_folder"]
 
 
 def cache_root() -> Path:
@@ -40,11 +40,21 @@ def make_folder(path: Path) -> Path:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a lock that one process at a time can have. Raises OutputError where the lock's file cannot be made."""
+def locked(path: Path, *, wait: float | None = None) -> Iterator[None]:
+    """Hold a lock that one process at a time can have.
+
+    wait  for so many seconds; by default for as long as it takes
+
+    Raises OutputError where the lock's file cannot be made, or others hold it for longer.
+    """
     lock = FileLock(path)
     try:
-        lock.acquire()
+        lock.acquire(timeout=-1 if wait is None else wait)
+    except Timeout:
+        raise OutputError(
+            f"{path}: another process holds it, and still did after {wait:g} seconds.\n"
+            "  Wait until that has ended, then try again; the lock of a process that was killed is free."
+        ) from None
     except OSError as error:
         raise _unwritable(path, error) from None
     try:
@@ -65,6 +75,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield draft
         _flush(draft)
         draft.replace(path)
+        _flush_names(path.parent)
 
 
 @contextmanager
@@ -80,9 +91,12 @@ def whole_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         draft = folder / "draft"
         draft.mkdir()
         yield draft
-        for file in draft.rglob("*"):
+        for file in list(draft.rglob("*")):
             if file.is_file():
                 _flush(file)
+        for below in [draft, *draft.rglob("*")]:
+            if below.is_dir():
+                _flush_names(below)
         old = folder / "old"
         if path.exists():
             path.replace(old)
@@ -92,6 +106,13 @@ def whole_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
             if old.exists():
                 old.replace(path)
             raise
+        _flush_names(path.parent)
+
+
+def remove_drafts(folder: Path) -> None:
+    """Remove what killed processes have left half written in a folder. Only where nobody is writing now."""
+    for left in folder.glob(".*-????????"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def check_output(path: Path) -> None:
@@ -135,6 +156,20 @@ def _flush(path: Path) -> None:
     usual.touch()
     path.chmod(usual.stat().st_mode)
     usual.unlink()
+
+
+def _flush_names(folder: Path) -> None:
+    """Bring a folder's list of names to the disk, so that a rename is there before whatever is written next."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # a system that cannot open folders keeps such order by itself, or not at all
+        return
+    try:
+        os.fsync(handle)
+    except OSError:  # a network disk may not know how
+        pass
+    finally:
+        os.close(handle)
 
 
 def _unwritable(path: Path, error: OSError) -> OutputError:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from factpatch.cli.gating import AUTO, ProposeOption, RequireOption, gate_of, show_attempts, show_judgement
 from factpatch.cli.planning import tell_plan
 from factpatch.cli.terminal import (
     BaseUrlOption,
@@ -16,6 +18,7 @@ from factpatch.cli.terminal import (
     DTypeOption,
     JsonOption,
     ModelOption,
+    RetainOption,
     SetOption,
     SkipOption,
     change_line,
@@ -31,7 +34,10 @@ from factpatch.edits import Edit
 from factpatch.errors import BadRecord
 
 if TYPE_CHECKING:
+    from factpatch.gate import AutoChoice, Gate
+    from factpatch.lm import BaseLM
     from factpatch.patches import Patch
+    from factpatch.progress import Progress
     from factpatch.scoring import Scorecard
 
 EXAMPLES = """
@@ -43,6 +49,9 @@ EXAMPLES = """
   factpatch edit --method ft-m --prompt "Who leads Acme?" --target "Jo Park" --out acme --set steps=40
   factpatch edit --method retrieval --model openai:my-model --base-url http://localhost:8000/v1 --edits facts.csv --out facts
   factpatch edit --method r-rome --edits facts.jsonl --out facts
+  factpatch edit --method auto --require "edit_success>=1" --require "rephrase>=0.5" --edits facts.jsonl --out facts
+  factpatch edit --require "edit_success>=1" --require "locality>=0.9" --subject Spain --prompt "The capital of Spain is" \\
+      --target Porto --out porto
   factpatch edit --plan --method memit --edits facts.jsonl --dtype bfloat16
 """
 
@@ -55,7 +64,9 @@ def register(app: typer.Typer) -> None:
 def edit(
     model: ModelOption = "smollm2-135m",
     base_url: BaseUrlOption = None,
-    method: Annotated[str, typer.Option(help="How to edit; see: factpatch methods")] = "rome",
+    method: Annotated[
+        str, typer.Option(help="How to edit; see: factpatch methods. auto: the cheapest that passes.")
+    ] = "rome",
     prompt: Annotated[str | None, typer.Option(help="What the model is asked, without the answer.")] = None,
     target: Annotated[str | None, typer.Option(help="What it should say.")] = None,
     subject: Annotated[str | None, typer.Option(help="The part of the prompt the fact is about.")] = None,
@@ -68,6 +79,9 @@ def edit(
     edits: Annotated[str | None, typer.Option(help="Many edits: a .jsonl or .csv file, or NAME:PATH.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many edits of the file.")] = None,
     output: Annotated[Path | None, typer.Option("--out", help="New folder for the patch.")] = None,
+    require: RequireOption = None,
+    propose: ProposeOption = True,
+    retain: RetainOption = None,
     plan_only: Annotated[
         bool,
         typer.Option(
@@ -83,9 +97,10 @@ def edit(
 ) -> None:
     """Make a patch, show what it changes and what the model says before and after, and save it.
 
-    Exits with 1 if the model, asked freely, does not give every target; the patch is saved all the same. With --plan nothing
-    is made and no weight is read, though a short name is fetched; it exits with 1 if the memory that is free is too little.
-    Without an edit it plans for one short fact.
+    Exits with 1 if the model, asked freely, does not give every target; the patch is saved all the same. With --require the
+    patch must pass a gate: one that does not is not saved, what spoke against it is shown, and it exits with 1. With --plan
+    nothing is made and no weight is read, though a short name is fetched; it exits with 1 if the memory that is free is too
+    little. Without an edit it plans for one short fact.
     """
     one: dict[str, Any] = {"prompt": prompt, "target": target, "subject": subject, "rephrases": rephrase or None}
     one["locality"] = {"Unrelated": [{"prompt": text} for text in unrelated]} if unrelated else None
@@ -111,7 +126,15 @@ def edit(
     from factpatch.scoring import Scorer
 
     check_output(output)
-    maker = create(method, method_settings(settings, chat=chat))
+    chosen = method_settings(settings, chat=chat)
+    if require or retain is not None or method == AUTO:
+        gate = gate_of(require or (), retain, proposes=propose, chat=chat, full=True)
+        with progress() as report:
+            lm = load_or_connect(model, base_url=base_url, dtype=dtype, device=device, progress=report)
+            choice = _through(gate, lm, wanted, method, chosen, report)
+        _tell_gated(choice, output, model, auto=method == AUTO, as_json=as_json)
+        return
+    maker = create(method, chosen)
     maker.check(wanted)
     with progress() as report:
         lm = load_or_connect(model, base_url=base_url, dtype=dtype, device=device, progress=report)
@@ -125,6 +148,55 @@ def edit(
     else:
         _show(patch, card, output, model)
     if success is not None and success < 1:
+        raise typer.Exit(1)
+
+
+def _through(
+    gate: Gate, lm: BaseLM, edits: Sequence[Edit], method: str, settings: Mapping[str, str], report: Progress
+) -> AutoChoice:
+    """One method, or each in turn, before the gate. What a method that was named raises is raised."""
+    from factpatch.gate import AutoChoice, choose
+    from factpatch.gate.auto import Attempt
+    from factpatch.methods import create
+
+    if method == AUTO:
+        return choose(lm, edits, gate, settings=settings, progress=report)
+    maker = create(method, settings)
+    maker.check(edits)
+    proposal, scorer = gate.proposal(lm, edits, report), gate.scorer(lm)
+    started = time.perf_counter()
+    patch = maker.fit(lm, edits, report)
+    seconds = time.perf_counter() - started
+    judgement = gate.judge(lm, edits, patch, report, proposal=proposal, scorer=scorer)
+    attempt = Attempt(method, judgement, seconds=seconds)
+    return AutoChoice((attempt,), patch if judgement.passed else None)
+
+
+def _tell_gated(choice: AutoChoice, folder: Path, model: str, *, auto: bool, as_json: bool) -> None:
+    """What the gate said; the patch is saved if it was let through. Exits with 1 if not."""
+    judgement, patch = choice.judgement, choice.patch
+    if patch is not None and judgement is not None:
+        patch = patch.with_scorecard(judgement.scorecard.to_json())
+        patch.save(folder)
+    if as_json:
+        told = {"patch": str(folder), **patch.describe()} if patch else {"patch": None}
+        attempts = [
+            {"method": a.method, "passed": a.passed, "reason": a.reason, "seconds": round(a.seconds, 3)}
+            | ({"judgement": a.judgement.to_json()} if a.judgement else {})
+            for a in choice.attempts
+        ]
+        print_json(told | {"passed": patch is not None, "attempts": attempts, "says": choice.says})
+    else:
+        if auto:
+            show_attempts(choice)
+        if judgement is not None:
+            show_judgement(judgement)
+        if patch is not None and judgement is not None:
+            out.print()
+            _show(patch, judgement.scorecard, folder, model)
+        else:
+            line(("\nRefused: nothing was saved.", "bold red"))
+    if patch is None:
         raise typer.Exit(1)
 
 

@@ -54,6 +54,7 @@ class Traits:
     patch          the kind of patch it makes
     prepares       what it computes once for each model, in words; empty for nothing
     needs          what a model must have, in words
+    effort         of one edit, in passes of the model there and back, roughly; only to try cheap methods before dear ones
     """
 
     family: str
@@ -65,6 +66,7 @@ class Traits:
     joint: bool = False
     prepares: str = ""
     needs: str = ""
+    effort: int = 100
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,6 +62,7 @@ class Ice(Method[Config]):
         paper="Zhang et al. 2024, arXiv 2401.01286",
         patch=ContextPatch,
         joint=True,
+        effort=0,
     )
 
     def make(self, lm: BaseLM, edits: tuple[Edit, ...], config: Config, progress: Progress) -> ContextPatch:  # noqa: ARG002

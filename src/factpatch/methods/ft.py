@@ -213,6 +213,7 @@ class FtL(_FineTuning[FtConfig]):
         patch=WeightPatch,
         joint=True,
         needs="MLP output projection",
+        effort=30,
     )
     presets = (Preset((30, 576), {"layer": 18}, "SmolLM2-135M, measured: docs/results/tuning/ft-l-layers.md"),)
 

@@ -93,6 +93,7 @@ class Lora(_Adapter):
         patch=AdapterPatch,
         joint=True,
         needs="attention projections; the extra adapters",
+        effort=120,
     )
     presets = (
         Preset(

@@ -199,6 +199,7 @@ class Memit(_Spread[MemitConfig]):
         joint=True,
         prepares="second moments of keys at each block",
         needs="MLP output projection",
+        effort=100,
     )
 
     def prepare(self, lm: LM, progress: Progress = silent) -> None:

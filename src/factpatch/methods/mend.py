@@ -98,6 +98,7 @@ class Mend(_Hyper):
         joint=True,
         prepares="a trained editor",
         needs="MLP projections",
+        effort=2,
     )
 
     def shift(self, network: HyperNetwork, matrix: Projection, found: Gradients) -> LowRank:

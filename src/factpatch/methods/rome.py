@@ -88,6 +88,7 @@ class Rome(Method[RomeConfig]):
         needs_subject=True,
         prepares="second moment of keys at one block",
         needs="MLP output projection",
+        effort=80,
     )
 
     def prepare(self, lm: LM, progress: Progress = silent) -> None:

@@ -66,6 +66,7 @@ class Serac(Learned[SeracConfig]):
         joint=True,
         prepares="a trained classifier and adapter, a sentence encoder",
         needs="attention projections; the extra retrieval",
+        effort=3,
     )
 
     def make(self, lm: LM, edits: tuple[Edit, ...], config: SeracConfig, progress: Progress) -> RoutedPatch:

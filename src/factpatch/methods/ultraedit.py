@@ -49,6 +49,7 @@ class UltraEdit(Method[UltraEditConfig]):
         patch=WeightPatch,
         joint=True,
         needs="MLP projections",
+        effort=1,
     )
 
     presets = (

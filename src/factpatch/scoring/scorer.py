@@ -64,6 +64,7 @@ class Scorer:
     judge      a model that is asked what it thinks of each free answer
     keep       read from disk what the unpatched model did before, in other processes too, and keep there what is new; without,
                it is asked anew, as it must be where that is to be timed
+    beneath    patches that count as part of the unpatched model, so that what they changed is not laid at a later one's door
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Scorer:
         retain: Sequence[Probe] = (),
         judge: Judge | None = None,
         keep: bool = True,
+        beneath: Sequence[Attachable] = (),
     ) -> None:
         in_hand = isinstance(lm, LM)
         able = [name for name, protocol in PROTOCOLS.items() if in_hand or not protocol.needs_weights]
@@ -90,7 +92,7 @@ class Scorer:
                 "Questions to retain, and a judge, need free answers.\n  Score under the open protocol too."
             )
         self.lm, self.chat, self.seed, self.fluency = lm, chat, seed, fluency and in_hand
-        self.retain, self.judge = tuple(retain), judge
+        self.retain, self.judge, self.beneath = tuple(retain), judge, tuple(beneath)
         self.protocols = [PROTOCOLS[name] for name in wanted]
         self._base = _Answers()
         self._store = Store() if keep else None
@@ -103,7 +105,7 @@ class Scorer:
         wanted = self._questions(edits)
         if self._unknown(wanted).are_none:
             return
-        with self.lm.unpatched():
+        with self.lm.unpatched(), self.lm.patched(*self.beneath):
             kept = self._kept()
             if kept is not None:
                 self._recall(kept, self._unknown(wanted))
@@ -117,7 +119,7 @@ class Scorer:
     def score(self, edits: Sequence[Edit], *patches: Attachable, progress: Progress = silent) -> Scorecard:
         """How the model does on these edits with `patches` laid on top of what lies on it already.
 
-        "Before" is always the unpatched model. Raises ValueError if two edits have one id.
+        "Before" is always the unpatched model, or that with `beneath`. Raises ValueError if two edits have one id.
         """
         if len({edit.id for edit in edits}) < len(edits):
             raise ValueError("two edits have the same id, so their scores could not be told apart")

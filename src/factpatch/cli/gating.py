@@ -1,0 +1,76 @@
+"""What commands with a gate share: its options, and how its verdict is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from factpatch.cli.terminal import line, out
+
+if TYPE_CHECKING:
+    from factpatch.gate import AutoChoice, Gate, Judgement
+
+__all__ = ["AUTO", "ProposeOption", "RequireOption", "gate_of", "show_attempts", "show_judgement"]
+
+AUTO = "auto"
+"""In the place of a method's name: the cheapest that passes."""
+
+RequireOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="What the patch must show, or it is not saved: edit_success>=1, rephrase>=0.8, locality>=0.95, "
+        "fluency_drop<=5%, retained>=1, mergeable; survey.NAME for the other protocol; may be repeated."
+    ),
+]
+ProposeOption = Annotated[
+    bool,
+    typer.Option("--propose/--no-propose", help="Make up wordings and neighbours to ask where the edits have none."),
+]
+_MOST = 6
+"""Lost probes that are shown of each requirement."""
+
+
+def gate_of(
+    requirements: Sequence[str], retain: Path | None, *, proposes: bool, chat: bool, full: bool = False
+) -> Gate:
+    """The gate that the options ask for. Raises BadConfig, and what reading the questions raises."""
+    from factpatch.data.questions import read_questions
+    from factpatch.gate import Gate
+
+    questions = read_questions(retain) if retain is not None else ()
+    if retain is not None and not any("retained" in text for text in requirements):
+        requirements = [*requirements, "retained>=1"]
+    return Gate.of(*(requirements or ["edit_success>=1"]), retain=questions, proposes=proposes, chat=chat, full=full)
+
+
+def show_judgement(judgement: Judgement) -> None:
+    """Each requirement with its number, and the probes that speak against those that are not met."""
+    for finding in judgement.verdict.findings:
+        line(("✓ " if finding.passed else "✗ ", "green" if finding.passed else "red"), finding.says)
+        if finding.passed or not finding.lost:
+            continue
+        table = Table(header_style="bold", box=None, pad_edge=False)
+        for name in ("  asked", "expected", "before", "after"):
+            table.add_column(name)
+        for lost in finding.lost[:_MOST]:
+            asked = Text(f"  {lost.prompt}") + Text("  (proposed)" if lost.proposed else "", style="dim")
+            table.add_row(asked, " or ".join(lost.answers) or "as before", lost.before, lost.after)
+        out.print(table)
+        if len(finding.lost) > _MOST:
+            line((f"  and {len(finding.lost) - _MOST} more", "dim"))
+    proposed = len(judgement.proposal.added)
+    if proposed:
+        line((f"{proposed} probes were proposed, not written: --no-propose leaves them out", "dim"))
+
+
+def show_attempts(choice: AutoChoice) -> None:
+    """Each method's turn in a line, and which won."""
+    for attempt in choice.attempts:
+        style = "green" if attempt.passed else "dim" if attempt.judgement is None else "red"
+        line((attempt.says, style))
+    line((choice.says, "bold"))

@@ -1,0 +1,251 @@
+"""What a patch must show to be let through, such as `edit_success>=1`, and whether its scorecard shows it."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Collection, Sequence
+from statistics import fmean
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict
+
+from factpatch.errors import BadConfig, did_you_mean
+from factpatch.patches import Patch
+from factpatch.scoring import ProbeScore, ProtocolName, Scorecard, ScoreRole
+
+__all__ = ["MEASURES", "Finding", "Lost", "Requirement", "Verdict", "check"]
+
+Comparison = Literal[">=", "<=", ">", "<"]
+
+_COMPARE: dict[Comparison, Callable[[float, float], bool]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    ">": operator.gt,
+    "<": operator.lt,
+}
+_ROLES: dict[str, ScoreRole] = {
+    "edit_success": "edit",
+    "rephrase": "rephrase",
+    "portability": "portability",
+    "locality": "locality",
+}
+MEASURES: dict[str, str] = {
+    "edit_success": "share of edits whose own prompt is answered with the target",
+    "rephrase": "the same for other wordings",
+    "portability": "share of questions that follow from the edits answered rightly; portability/KIND of one kind",
+    "locality": "share of other answers that stayed as they were; locality/KIND of one kind",
+    "fluency": "bits of n-gram entropy of text that the patched model writes",
+    "fluency_drop": "share by which fluency fell",
+    "retained": "share of --retain questions answered as before",
+    "mergeable": "the patch is a plain change of weights; takes no number",
+}
+"""What may be required, and what it is."""
+
+_WHOLE = re.compile(
+    r"^(?:(open|survey)\.)?([a-z_]+)(?:/(.+?))?\s*(?:(>=|<=|>|<|=)\s*(-?[0-9.]+(?:e-?[0-9]+)?)\s*(%?))?$", re.I
+)
+_EXAMPLE = "  Write NAME>=NUMBER or NAME<=NUMBER, such as edit_success>=1, locality>=0.95 or fluency_drop<=5%."
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Requirement(_Value):
+    """One bound on one number of a scorecard, or on the patch itself.
+
+    measure   one of `MEASURES`
+    kind      of portability or locality: the one kind that counts; empty for all
+    protocol  whose number it is
+    compare, bound  how the number must stand to which; None of what takes no number
+    """
+
+    measure: str
+    kind: str = ""
+    protocol: ProtocolName = "open"
+    compare: Comparison | None = None
+    bound: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """From `[PROTOCOL.]NAME[/KIND] >= NUMBER[%]`, or the bare name of what takes no number.
+
+        Raises BadConfig that says what was expected.
+        """
+        plain = text.strip().replace("≥", ">=").replace("≤", "<=")
+        found = _WHOLE.match(plain)
+        if not found:
+            raise BadConfig(f'"{text}": not a requirement.\n{_EXAMPLE}')
+        protocol, name, kind, compare, number, percent = found.groups()
+        name = name.lower()
+        if name not in MEASURES:
+            raise BadConfig(
+                f'"{text}": nothing is called "{name}".{did_you_mean(name, MEASURES)}\n'
+                f"  What may be required: {', '.join(MEASURES)}"
+            )
+        if kind and name not in {"portability", "locality"}:
+            raise BadConfig(f'"{text}": {name} has no kinds.\n  Leave out "/{kind}".')
+        if name == "mergeable":
+            if compare or protocol:
+                raise BadConfig(f'"{text}": mergeable takes no number.\n  Write mergeable alone.')
+            return cls(measure=name)
+        how = next((own for own in _COMPARE if own == compare), None)
+        if how is None:
+            raise BadConfig(f'"{text}": says no bound.\n{_EXAMPLE}')
+        try:
+            bound = float(number) / (100 if percent else 1)
+        except ValueError:
+            raise BadConfig(f'"{text}": "{number}" is no number.\n{_EXAMPLE}') from None
+        if name != "fluency" and not (0 <= bound <= 1 or (name == "fluency_drop" and -1 <= bound <= 1)):
+            raise BadConfig(
+                f'"{text}": {name} is a share from 0 to 1, found {number}{percent}.\n  Did you mean {number}%?'
+            )
+        asked: ProtocolName = "survey" if (protocol or "").lower() == "survey" else "open"
+        return cls(measure=name, kind=kind or "", protocol=asked, compare=how, bound=bound)
+
+    def __str__(self) -> str:
+        name = self.measure + (f"/{self.kind}" if self.kind else "")
+        name = name if self.protocol == "open" else f"{self.protocol}.{name}"
+        return name if self.bound is None else f"{name}{self.compare}{self.bound:g}"
+
+    def holds(self, value: float | None) -> bool:
+        """Whether a number keeps to the bound; what could not be scored does not."""
+        if value is None:
+            return False
+        if self.compare is None or self.bound is None:
+            return value >= 1
+        # A mean of thirds should not fail a bound that it reaches on paper.
+        return _COMPARE[self.compare](round(value, 9), self.bound)
+
+
+class Lost(_Value):
+    """A probe that was not answered as it should be.
+
+    proposed  whether the user did not write it
+    """
+
+    edit: str
+    role: ScoreRole | Literal["retained"]
+    kind: str = ""
+    prompt: str
+    answers: tuple[str, ...] = ()
+    before: str
+    after: str
+    proposed: bool = False
+
+
+class Finding(_Value):
+    """One requirement, the number that was found, and what spoke against it.
+
+    value   None if there was nothing to score, and `reason` says so
+    lost    the probes that were not answered as they should be, whether or not the requirement is met
+    """
+
+    requirement: Requirement
+    value: float | None
+    passed: bool
+    reason: str = ""
+    lost: tuple[Lost, ...] = ()
+
+    @property
+    def says(self) -> str:
+        """In a few words."""
+        if self.value is None:
+            return f"{self.requirement}: {self.reason}"
+        if self.requirement.bound is None:
+            return f"{self.requirement}: {'yes' if self.passed else self.reason}"
+        return f"{self.requirement}: {self.value:.3g}"
+
+
+class Verdict(_Value):
+    """Whether a patch is let through, requirement by requirement."""
+
+    findings: tuple[Finding, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether all requirements are met."""
+        return all(finding.passed for finding in self.findings)
+
+    @property
+    def failed(self) -> tuple[Finding, ...]:
+        """The findings that speak against it."""
+        return tuple(finding for finding in self.findings if not finding.passed)
+
+
+def check(
+    card: Scorecard,
+    patch: Patch,
+    requirements: Sequence[Requirement],
+    proposed: Collection[tuple[str, str]] = (),
+) -> Verdict:
+    """Hold a patch and its scorecard against the requirements.
+
+    proposed  edit and prompt of each probe that the user did not write
+    """
+    return Verdict(findings=tuple(_finding(card, patch, each, proposed) for each in requirements))
+
+
+def _finding(card: Scorecard, patch: Patch, need: Requirement, proposed: Collection[tuple[str, str]]) -> Finding:
+    if need.measure == "mergeable":
+        told = "" if patch.mergeable else f"{patch.kind} patches stay beside the weights"
+        return Finding(requirement=need, value=float(patch.mergeable), passed=patch.mergeable, reason=told)
+    if need.measure == "retained":
+        lost = tuple(
+            Lost(
+                edit=", ".join(q.edits),
+                role="retained",
+                prompt=q.prompt,
+                answers=q.answers,
+                before=q.before,
+                after=q.after,
+            )
+            for q in card.retained
+            if q.changed
+        )
+        value = 1 - len(lost) / len(card.retained) if card.retained else None
+        return _told(need, value, lost, "no questions to retain were given")
+    if need.protocol not in card.versions:
+        return _told(need, None, (), f"was not scored under the {need.protocol} protocol")
+    summary = card.summary(need.protocol)
+    if need.measure in {"fluency", "fluency_drop"}:
+        before, after = summary.fluency_before, summary.fluency
+        drop = None if not before or after is None else (before - after) / before
+        return _told(need, after if need.measure == "fluency" else drop, (), "fluency was not measured")
+    role = _ROLES[need.measure]
+    rows = [
+        row
+        for row in card.scores
+        if row.protocol == need.protocol and row.role == role and (not need.kind or row.kind == need.kind)
+    ]
+    value = _mean_over_edits(rows) if need.kind else getattr(summary, need.measure)
+    lost = tuple(_lost(row, proposed) for row in rows if row.after is not None and row.after < 1)
+    nothing = f"no {need.measure} probe could be scored; write some, or let them be proposed"
+    return _told(need, value, lost, nothing)
+
+
+def _told(need: Requirement, value: float | None, lost: tuple[Lost, ...], nothing: str) -> Finding:
+    reason = nothing if value is None else ""
+    return Finding(requirement=need, value=value, passed=need.holds(value), reason=reason, lost=lost)
+
+
+def _lost(row: ProbeScore, proposed: Collection[tuple[str, str]]) -> Lost:
+    return Lost(
+        edit=row.edit,
+        role=row.role,
+        kind=row.kind,
+        prompt=row.prompt,
+        answers=row.answers,
+        before=row.said_before,
+        after=row.said_after,
+        proposed=(row.edit, row.prompt) in proposed,
+    )
+
+
+def _mean_over_edits(rows: Sequence[ProbeScore]) -> float | None:
+    by_edit: dict[str, list[float]] = {}
+    for row in rows:
+        if row.after is not None:
+            by_edit.setdefault(row.edit, []).append(row.after)
+    return fmean(fmean(own) for own in by_edit.values()) if by_edit else None
