@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,10 +33,8 @@ from factpatch.edits import Edit
 from factpatch.errors import BadRecord
 
 if TYPE_CHECKING:
-    from factpatch.gate import AutoChoice, Gate
-    from factpatch.lm import BaseLM
+    from factpatch.gate import AutoChoice
     from factpatch.patches import Patch
-    from factpatch.progress import Progress
     from factpatch.scoring import Scorecard
 
 EXAMPLES = """
@@ -128,10 +125,16 @@ def edit(
     check_output(output)
     chosen = method_settings(settings, chat=chat)
     if require or retain is not None or method == AUTO:
+        from factpatch.gate import choose
+        from factpatch.gate.auto import attempt
+
         gate = gate_of(require or (), retain, proposes=propose, chat=chat, full=True)
         with progress() as report:
             lm = load_or_connect(model, base_url=base_url, dtype=dtype, device=device, progress=report)
-            choice = _through(gate, lm, wanted, method, chosen, report)
+            if method == AUTO:
+                choice = choose(lm, wanted, gate, settings=chosen, progress=report)
+            else:
+                choice = attempt(lm, wanted, gate, create(method, chosen), report)
         _tell_gated(choice, output, model, auto=method == AUTO, as_json=as_json)
         return
     maker = create(method, chosen)
@@ -149,27 +152,6 @@ def edit(
         _show(patch, card, output, model)
     if success is not None and success < 1:
         raise typer.Exit(1)
-
-
-def _through(
-    gate: Gate, lm: BaseLM, edits: Sequence[Edit], method: str, settings: Mapping[str, str], report: Progress
-) -> AutoChoice:
-    """One method, or each in turn, before the gate. What a method that was named raises is raised."""
-    from factpatch.gate import AutoChoice, choose
-    from factpatch.gate.auto import Attempt
-    from factpatch.methods import create
-
-    if method == AUTO:
-        return choose(lm, edits, gate, settings=settings, progress=report)
-    maker = create(method, settings)
-    maker.check(edits)
-    proposal, scorer = gate.proposal(lm, edits, report), gate.scorer(lm)
-    started = time.perf_counter()
-    patch = maker.fit(lm, edits, report)
-    seconds = time.perf_counter() - started
-    judgement = gate.judge(lm, edits, patch, report, proposal=proposal, scorer=scorer)
-    attempt = Attempt(method, judgement, seconds=seconds)
-    return AutoChoice((attempt,), patch if judgement.passed else None)
 
 
 def _tell_gated(choice: AutoChoice, folder: Path, model: str, *, auto: bool, as_json: bool) -> None:

@@ -16,7 +16,7 @@ from factpatch.methods.learning import Learned
 from factpatch.patches import Patch
 from factpatch.progress import Progress, silent
 
-__all__ = ["Attempt", "AutoChoice", "choose"]
+__all__ = ["Attempt", "AutoChoice", "attempt", "choose"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +105,19 @@ def choose(
         if judgement.passed:
             return AutoChoice(tuple(attempts), patch)
     return AutoChoice(tuple(attempts), None)
+
+
+def attempt(
+    lm: BaseLM, edits: Sequence[Edit], gate: Gate, method: Method[Any], progress: Progress = silent
+) -> AutoChoice:
+    """One method before the gate; what it raises is raised."""
+    method.check(edits)
+    proposal, scorer = gate.proposal(lm, edits, progress), gate.scorer(lm)
+    started = time.perf_counter()
+    patch = method.fit(lm, edits, progress)
+    seconds = time.perf_counter() - started
+    judgement = gate.judge(lm, edits, patch, progress, proposal=proposal, scorer=scorer)
+    return AutoChoice((Attempt(method.name, judgement, seconds=seconds),), patch if judgement.passed else None)
 
 
 def _able(name: str, lm: BaseLM, edits: Sequence[Edit], gate: Gate, settings: Mapping[str, Any]) -> Method[Any] | str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from factpatch.errors import PatchError
@@ -28,8 +28,10 @@ def check_mergeable(patches: Sequence[Attachable]) -> None:
             )
 
 
-def merge(lm: LM, patches: Sequence[Patch], folder: str | Path) -> Path:
+def merge(lm: LM, patches: Sequence[Patch], folder: str | Path, more: Mapping[str, str] | None = None) -> Path:
     """Write `lm`, what lies on it included, with `patches` laid on in order, as a Hugging Face checkpoint with tokenizer.
+
+    more  further text files for the folder, by name
 
     Raises PatchError for a patch that is more than a change of weights, WrongBase, and OutputError; then nothing is
     written. The model in hand is left as it was.
@@ -39,4 +41,6 @@ def merge(lm: LM, patches: Sequence[Patch], folder: str | Path) -> Path:
     with whole_folder(folder) as draft, lm.patched(*patches):
         lm.model.save_pretrained(draft)
         lm.tokenizer.save_pretrained(draft)
+        for name, text in (more or {}).items():
+            (draft / name).write_text(text, encoding="utf-8")
     return folder
