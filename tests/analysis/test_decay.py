@@ -326,6 +326,11 @@ def test_refused_edits_are_told_and_the_rest_goes_on(lm, scorer, monitor, tmp_pa
 # Pictures.
 
 
+def test_methods_that_leave_the_weights_have_no_picture_of_their_growth():
+    still = {"retrieval": made([1] * 8, ENDS, {n: vitals(1.0, norm=0.0) for n in ENDS})}
+    assert {picture.name for picture in decay_pictures(still)} == {"success-open", "age-open", "perplexity", "guard"}
+
+
 def test_every_picture_has_its_numbers(tmp_path):
     decays = {
         f"method {i}": made(

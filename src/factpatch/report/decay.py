@@ -232,7 +232,8 @@ def _vital(
         m: [(at, found[column]) for at, found in own] for m, own in measured.items()
     }
     values = [value for line in lines.values() for _, value in line if value is not None]
-    if not values:
+    # An axis on which nothing can be shown, such as the weights' change of methods that leave them, is no picture.
+    if not any(not log or (value > 0 and math.isfinite(value)) for value in values):
         return None
     with figure(HEIGHT, title, WIDTH) as (axes, drawn):
         for i, (method, line) in enumerate(lines.items()):
