@@ -29,6 +29,7 @@ from factpatch.cli import (
     score,
     trace,
     train,
+    tune,
 )
 from factpatch.cli.terminal import fail
 from factpatch.errors import FactpatchError
@@ -57,6 +58,7 @@ for module in (
     train,
     trace,
     locate,
+    tune,
     inspect,
     demo,
     catalog,

@@ -62,7 +62,11 @@ DeviceOption = Annotated[
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method, such as --set layer=8; may be repeated."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="A setting of the method, such as --set layer=8, or @FILE for a preset; may be repeated.",
+    ),
 ]
 SkipOption = Annotated[bool, typer.Option("--skip-invalid", help="Count and leave out records that cannot be read.")]
 
@@ -132,11 +136,21 @@ def number(value: float | None, digits: int = 3) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def method_settings(pairs: Sequence[str] | None, *, chat: bool) -> dict[str, str]:
-    """A method's settings from `--set` and `--chat`. Raises BadConfig for chat among the former: scoring needs it too."""
+def method_settings(pairs: Sequence[str] | None, *, chat: bool) -> dict[str, Any]:
+    """A method's settings from `--set` and `--chat`; `@FILE` stands for those of a preset, which later ones override.
+
+    Raises BadConfig for chat among the former, since scoring needs it too, and BadFile for what is no preset.
+    """
     from factpatch.methods import parse_settings
 
-    settings = parse_settings(list(pairs or []))
+    settings: dict[str, Any] = {}
+    for pair in pairs or []:
+        if pair.startswith("@"):
+            from factpatch.analysis.tuning import read_preset
+
+            settings |= read_preset(Path(pair[1:])).settings
+        else:
+            settings |= parse_settings([pair])
     if "chat" in settings:
         raise BadConfig(
             "--set chat: prompts are put into the chat template for scoring as well.\n  Give --chat instead."
