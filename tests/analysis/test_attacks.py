@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from factpatch.analysis.attacks import ATTACKS, find_attacks
+from factpatch.analysis.attacks import ATTACKS, find_attacks, lens, relearning
 from factpatch.analysis.attacks.asking import FewShot, Greedy, Paraphrases, Samples, in_other_words
 from factpatch.analysis.attacks.base import Candidate, Question, Setting, best, token_key
 from factpatch.analysis.attacks.lens import (
@@ -24,6 +24,7 @@ from factpatch.errors import BadConfig
 from factpatch.lm.batches import Batch, Places
 from factpatch.lm.hooks import replacing_output
 from factpatch.lm.run import logits_at
+from factpatch.methods.targets import TargetBatch
 from factpatch.progress import silent
 from factpatch.scoring.metrics import normalise
 from factpatch.testing import Snapshot, tiny_edits, tiny_lm
@@ -95,6 +96,20 @@ def test_the_lens_reads_rephrases_too():
     (found,) = run(HeadProjection(), lm, asked, budget=50)
     assert any(candidate.source.endswith("The home of Ana is") for candidate in found)
     assert any(candidate.source.endswith("Ana lives in") for candidate in found)
+
+
+@pytest.mark.parametrize("name", ["head-projection", "update-projection", "probability-delta"])
+def test_however_many_questions_are_read_at_once_it_finds_the_same(name, monkeypatch):
+    asked = [Question(PEOPLE[i], text(i), PEOPLE[i]) for i in range(5)]
+    together = run(ATTACKS[name], taught(), *asked, budget=5)
+    seen = []
+    monkeypatch.setattr(lens, "AT_ONCE", 2)
+    monkeypatch.setattr(
+        lens, "states", lambda lm, modules, texts: seen.append(len(texts)) or states(lm, modules, texts)
+    )
+    apart = run(ATTACKS[name], taught(), *asked, budget=5)
+    assert seen == [2, 2, 1]
+    assert [[c.text for c in own] for own in apart] == [[c.text for c in own] for own in together]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "falcon", "bloom", "gemma2", "phi3"])
@@ -219,6 +234,29 @@ def test_training_leaves_no_trace():
     assert kept.differences(lm) == []
     run(Relearning(Study(2)), lm, budget=4)
     assert run(Relearning(Study(2)), lm, budget=4) == [[]], "without lessons there is nothing to train on"
+
+
+def test_training_keeps_no_more_than_there_is_room_for(monkeypatch):
+    """No weight asks for a gradient, and no batch has more tokens than are let be at once."""
+    lm, sizes = taught(), []
+
+    class Watched(TargetBatch):
+        def nll_and_correct(self):
+            sizes.append(len(self))
+            assert not any(parameter.requires_grad for parameter in lm.model.parameters())
+            return super().nll_and_correct()
+
+    monkeypatch.setattr(relearning, "TargetBatch", Watched)
+    lessons = tuple(Probe(prompt=text(i), answers="Oslo") for i in range(10, 13))
+    flags = [parameter.requires_grad for parameter in lm.model.parameters()]
+    for room, expected in ((1000, {3}), (1, {1})):
+        monkeypatch.setattr(relearning, "tokens_at_once", lambda *_, room=room: room)
+        run(Relearning(Study(1)), lm, budget=4, lessons={"ana": lessons})
+        steps_to_learn(lm, lessons, study=Study(1))
+        assert set(sizes) == expected
+        sizes.clear()
+    assert [parameter.requires_grad for parameter in lm.model.parameters()] == flags
+    assert any(flags)
 
 
 # What holds for all of them.

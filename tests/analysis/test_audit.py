@@ -21,7 +21,7 @@ from factpatch.lm import LM
 from factpatch.methods import create
 from factpatch.methods.targets import TargetBatch
 from factpatch.report.audit import as_html, as_json, as_markdown, save_audit
-from factpatch.scoring.metrics import contains
+from factpatch.scoring.metrics import contains, normalise
 from factpatch.testing import Snapshot, tiny_lm
 
 TOWNS = [
@@ -281,6 +281,68 @@ def test_edits_without_an_old_answer_are_left_out_and_say_why():
     assert [fact.id for fact in unknowing.facts] == ["told"]
 
 
+def test_an_old_answer_that_is_another_edits_new_one_is_left_out():
+    first = Edit(id="first", prompt="Ana lives in", target="Kiel", ground_truth=("Arles", "Porto"))
+    second = Edit(id="second", prompt="Anic lives in", target="Porto", ground_truth="Oslo")
+    brief = prepare(taught(), [first, second])
+    assert [fact.id for fact in brief.facts] == ["second"]
+    assert [(one.id, one.reason) for one in brief.left_out] == [
+        ("first", "the old answer is another edit's new answer")
+    ]
+
+
+def test_a_first_token_that_the_new_answer_shares_finds_nothing():
+    edit = Edit(id="ana", prompt="Ana lives in", target="The Oslo tailor", ground_truth=("Oslo baker", "Kiel"))
+    (fact,) = prepare(taught(), [edit]).facts
+    assert (fact.first, fact.tokens) == ("", ("kiel",))
+    other = edit.model_copy(update={"ground_truth": ("Kiel",)})
+    (fact,) = prepare(taught(), [other], decoys=[("Oslo miller",), ("Porto",)]).facts
+    assert (fact.first, fact.tokens) == ("kiel", ("kiel",))
+    assert (fact.decoys, fact.decoy_firsts) == ((("Porto",),), ("porto",)), "nor may a decoy share it"
+
+
+def test_decoys_are_of_the_same_sort():
+    """The other old answers of the same half first, and none with more words than the old answers."""
+    brief = prepare(taught(), edits())
+    for i, fact in enumerate(brief.facts):
+        alike = [(town(j),) for j in range(i % 2, SECRET, 2) if town(j) != town(i)]
+        taught_too = {answer for probe in brief.lessons[fact.id] for answer in probe.answers}
+        own = [answer for answer in dict.fromkeys(alike) if answer[0] not in taught_too]
+        assert own
+        assert list(fact.decoys[: len(own)]) == own
+        assert all(len(decoy[0].split()) == 1 for decoy in fact.decoys)
+    # Answers as long as the old ones stand before shorter ones.
+    long = edits()[0].model_copy(update={"ground_truth": ("Oslo baker",)})
+    lengths = [len(normalise(decoy[0]).split()) for decoy in prepare(taught(), [long]).facts[0].decoys]
+    assert set(lengths) == {1, 2}
+    assert lengths == sorted(lengths, reverse=True)
+
+
+def test_preparing_tells_how_far_it_is():
+    told = []
+    prepare(taught(), edits(), progress=lambda stage, *_: told.append(stage))
+    assert set(told) == {"Choosing decoys", "Preparing facts"}
+
+
+def test_each_spelling_counts_as_found_but_only_the_canonical_one_against_decoys():
+    class Other(Attack):
+        name, title, access, about = "other", "other", "answers", ""
+
+        def candidates(self, lm, questions, setting, progress):
+            return [[Candidate(text="Christiania"), Candidate(text="Lutetia")] for _ in questions]
+
+    edit = edits()[0].model_copy(update={"ground_truth": ("Arles", "Lutetia")})
+    decoys = [("Oslo", "Christiania")]
+    (trial,) = audit(taught(), [], [edit], attacks=[Other()], decoys=decoys, study=Study(steps=1)).trials
+    assert (trial.rank, trial.plain_rank, trial.decoy_ranks) == (2, None, (None,))
+
+
+@pytest.mark.parametrize("which", ["before", "control"])
+def test_a_model_with_another_tokenizer_is_refused(which):
+    with pytest.raises(BadConfig, match=f"{which}: .* has another tokenizer"):
+        audit(taught(), [], edits()[:1], **{which: tiny_lm()})
+
+
 def test_decoys_and_lessons_tell_no_secret():
     brief = prepare(taught(), edits())
     news = [edit.target for edit in edits()]
@@ -455,7 +517,33 @@ def test_what_the_control_finds_too_is_not_recovered():
     assert made(ranks, control={name: [NONE, NONE] for name in ranks}).recovered
 
 
+def test_few_facts_on_the_control_prove_little():
+    lead, nothing = [1] + [None] * 40, [None] * 41
+    for names, enough in (("ab", False), ("abc", True)):
+        ranks = {name: [lead, nothing] for name in names}
+        never = {name: [nothing, nothing] for name in names}
+        assert made(ranks, decoys=40).recovered
+        result = made(ranks, decoys=40, control=never)
+        assert (result.recovered, result.can_tell, result.in_doubt) == (enough, enough, not enough)
+
+
+def test_facts_that_no_attack_can_tell_of_leave_it_in_doubt():
+    result = made({name: [NONE, NONE] for name in "abcdefgh"})
+    trials = [t.model_copy(update={"unscored": "why" if t.fact == "a" else ""}) for t in result.trials]
+    result = Audit.model_validate(result.model_dump() | {"trials": trials})
+    assert (result.untested, result.can_tell, result.in_doubt) == (("a",), True, True)
+    assert headline(result).endswith("none of 8 old answers; no attack can tell of 1 of them.")
+    assert fact_verdict(result, "a").startswith("not tested")
+
+
 # Words and pages.
+
+
+def test_what_a_model_holds_impossible_is_written_too():
+    result = made({"f": [FIRST, NONE]})
+    never = Choice(state="after", fact="f", options=("s", "d"), logprobs=(float("-inf"), -1.0))
+    result = result.model_copy(update={"choices": (never,)})
+    assert json.loads(as_json(result))["choices"][0]["logprobs"] == ["-Infinity", -1.0]
 
 
 def test_the_verdict_says_what_was_found_and_where():

@@ -3,12 +3,15 @@
 import csv
 import io
 import json
+import logging
 import math
 from itertools import count
 
 import pytest
 
-from factpatch.analysis.decay import Decay, Look, Rule, breaks, sequential_decay
+from factpatch.analysis import decay as decay_module
+from factpatch.analysis import health
+from factpatch.analysis.decay import Decay, Look, Rule, breaks, kept_at, sequential_decay
 from factpatch.analysis.health import Monitor, Vitals
 from factpatch.bench import score_sequence, sequence
 from factpatch.edits import Edit, Probe
@@ -280,7 +283,9 @@ def test_killed_while_a_checkpoint_is_measured(lm, scorer, whole, tmp_path, monk
     assert same(of(lm, scorer, monitor, folder=tmp_path), whole)
 
 
-def test_what_is_done_is_not_made_again_and_what_decides_it_is_all_in_the_key(lm, scorer, monitor, tmp_path):
+def test_what_is_done_is_not_made_again_and_what_decides_it_is_all_in_the_key(
+    lm, scorer, monitor, tmp_path, monkeypatch
+):
     def again(**other):
         method, _ = counting(create("ft-m", SETTINGS | other.pop("settings", {})), stop_at=1)
         given = {"scorer": scorer, "monitor": monitor, "edits": five()[3:], "at": (1, 3)} | other
@@ -301,6 +306,35 @@ def test_what_is_done_is_not_made_again_and_what_decides_it_is_all_in_the_key(lm
     ):
         with pytest.raises(Interrupted):
             again(**other)
+    (path,) = tmp_path.glob("*.json")
+    assert path == kept_at(lm, create("ft-m", SETTINGS), five()[3:], scorer, monitor, (1, 3), tmp_path)
+    own = decay_module.version
+    monkeypatch.setattr(decay_module, "version", lambda name: "0.0" if name == "factpatch" else own(name))
+    with pytest.raises(Interrupted):
+        again()
+
+
+def test_a_result_kept_before_the_version_was_in_the_key_is_read(lm, scorer, monitor, tmp_path):
+    first = of(lm, scorer, monitor, edits=five()[:1], folder=tmp_path)
+    (path,) = tmp_path.iterdir()
+    kept = json.loads(path.read_text())
+    # The fields as they were first written: results of long measurements are read by them.
+    assert set(kept) == {
+        *("key", "method", "config", "model", "fingerprint", "units", "at_edit", "checkpoints", "unedited", "refused"),
+        *("fit_seconds", "score_seconds", "packages"),
+    }
+    assert set(kept["checkpoints"][0]) == {"patches", "made", "scores", "vitals"}
+    assert set(kept["unedited"]) == {"norm", "perplexity", "perplexity_before", "questions"}
+    del kept["key"]["factpatch"]
+    path.write_text(json.dumps(kept))
+    assert of(lm, scorer, monitor, edits=five()[:1], folder=tmp_path) == first
+
+
+def test_that_copies_will_have_no_room_is_said(lm, scorer, monitor, monkeypatch, caplog):
+    monkeypatch.setattr(health, "_free", lambda _: 0)
+    with caplog.at_level(logging.WARNING, logger="factpatch"):
+        of(lm, scorer, monitor)
+    assert len([record for record in caplog.records if "ft-m: each patch keeps" in record.message]) == 1
 
 
 def test_a_damaged_result_is_named(lm, scorer, monitor, tmp_path):
@@ -352,6 +386,9 @@ def test_every_picture_has_its_numbers(tmp_path):
     ]
     assert success.rows[3]["why"] == "success at end is 0.125 times that at edit"
     assert all(f"method {i}" in success.svg for i in range(9))
+    for name in ("success-open", "perplexity", "norm", "guard"):
+        assert "patches asked for, all that were made kept" in pictures[name].svg
+        assert "edits" not in pictures[name].rows[0]
     assert "method 2 (none)" in pictures["norm"].svg
     assert [(r["youngest"], r["oldest"], r["edits"], r["now"]) for r in pictures["age-open"].rows[:4]] == [
         (0, 0, 1, 0),

@@ -1,5 +1,6 @@
 """The health monitor: what it measures, what it says, and where it stops a sequence."""
 
+import logging
 import math
 from itertools import pairwise
 
@@ -7,7 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 
+from factpatch.analysis import health
 from factpatch.analysis.health import Health, Monitor, Sign, Verdict, Vitals, check, edit_until_sick, judge
 from factpatch.edits import Edit, Probe
 from factpatch.errors import CannotEdit
@@ -68,6 +71,33 @@ def test_norm_is_that_of_the_summed_change_over_all_weights(lm):
     assert monitor.vitals().norm == 0
     assert monitor.vitals() == monitor.unedited()
     assert before.differences(lm) == []
+
+
+class NoFloat64(TorchFunctionMode):
+    """Stands for a device without float64, such as Apple's: only what was fetched from it may become that."""
+
+    def __init__(self):
+        super().__init__()
+        self.fetched = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if not isinstance(found, torch.Tensor):
+            return found
+        if func is torch.Tensor.cpu or any(one is other for one in args for other in self.fetched):
+            self.fetched.append(found)
+        else:
+            assert found.dtype != torch.float64, func
+        return found
+
+
+def test_norms_are_taken_without_float64_on_the_device(lm):
+    patch = create("ft-m", QUICK | {"lr": 1e-2}).fit(lm, tiny_edits()[:1])
+    with NoFloat64() as mode:
+        monitor = Monitor(lm, texts=TEXTS, canaries=())
+        with lm.patched(patch):
+            assert monitor.vitals().norm > 1e-4
+    assert mode.fetched
 
 
 def test_patches_that_change_no_weights_have_norm_0(lm):
@@ -338,3 +368,29 @@ def test_an_error_leaves_nothing_on_the_model(lm, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         edit_until_sick(lm, create("ft-m", QUICK), some(4), every=1, monitor=Monitor(lm, texts=TEXTS, canaries=()))
     assert before.differences(lm) == []
+
+
+@pytest.mark.parametrize(("method", "settings"), [("ft-m", QUICK), ("rome", {"layer": 1, "steps": 2, "contexts": 0})])
+@pytest.mark.parametrize("spare", [0, -1])
+def test_that_copies_will_have_no_room_is_said_once_after_the_first_patch(
+    lm, monkeypatch, caplog, method, settings, spare
+):
+    small = {"moment_tokens": 300, "moment_length": 30} if method == "rome" else {}
+    weight = lm.model.get_parameter("model.layers.1.mlp.down_proj.weight")
+    # A dense change lies beside the copy that it made; factors are two vectors.
+    each = weight.nbytes + (weight.nbytes if method == "ft-m" else 4 * sum(weight.shape))
+    monkeypatch.setattr(health, "_free", lambda _: 3 * each + spare)
+    monitor = Monitor(lm, Health(max_norm=None, max_perplexity=None), texts=TEXTS, canaries=())
+    with caplog.at_level(logging.WARNING, logger="factpatch"):
+        found = edit_until_sick(lm, create(method, settings | small), some(4), monitor=monitor)
+    assert len(found.patches) == 4, "it goes on all the same"
+    told = [record.message for record in caplog.records if "keeps" in record.message]
+    assert len(told) == (1 if spare < 0 else 0)
+    assert all(one.startswith(f"{method}: each patch keeps") and "Make fewer edits" in one for one in told)
+
+
+def test_patches_that_copy_no_weights_need_no_room(lm, monkeypatch, caplog):
+    monkeypatch.setattr(health, "_free", lambda _: 0)
+    monitor = Monitor(lm, Health(max_perplexity=None), texts=TEXTS, canaries=())
+    edit_until_sick(lm, create("grace", {"layer": 1, "steps": 2}), some(3), monitor=monitor)
+    assert not [record for record in caplog.records if "keeps" in record.message]

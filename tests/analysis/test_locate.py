@@ -22,6 +22,7 @@ from factpatch.methods import create, moments
 from factpatch.methods.ft import FtM
 from factpatch.scoring import Scorer
 from factpatch.testing import ARCHITECTURES, Snapshot, quick_settings, tiny_edits, tiny_lm, tiny_tokenizer
+from tests.analysis.test_tracing import mixed_lm
 
 
 @pytest.fixture(autouse=True)
@@ -183,6 +184,17 @@ def test_support_is_a_share_of_resamples():
     assert high == pytest.approx(0.25, abs=0.05)
 
 
+def test_a_refusal_counts_in_the_resamples_that_draw_its_fact():
+    def trial(layer, values, refused):
+        return module._Trial(layers=(layer,), by_fact={"survey": {"edit": values}}, refused=refused, seconds=0)
+
+    # Block 4 does better, but only where "a", which it refuses, is not drawn: in a quarter of all draws of two.
+    trials = [trial(4, {"b": 1.0}, {"a": "no"}), trial(5, {"a": 0.5, "b": 0.5}, {})]
+    better, whole = module._supports(trials, ["a", "b"], seed=3)
+    assert better + whole == 1
+    assert better == pytest.approx(0.25, abs=0.05)
+
+
 def test_where_no_edit_holds_nothing_is_chosen_or_kept():
     lm = tiny_lm()
     found = locate(lm, create("ft-m", steps=1, lr=1e-9), edits=FACTS)
@@ -205,6 +217,26 @@ def test_what_is_kept_is_where_the_method_edits_next():
     assert Located.model_validate(made) == found
     assert made["versions"]["torch"] == torch.__version__
     assert locate(tiny_lm(), Planted(), edits=FACTS).chosen == (1,), "an earlier choice is no setting of a sweep"
+
+
+def test_what_is_preliminary_takes_no_choices_place(monkeypatch):
+    sweeping(monkeypatch, lambda at: 0.1 * (at + 1))
+    lm = deep_lm(24)
+    hasty = locate(lm, "ft-m", edits=FACTS, traced=0, seconds=0.0)
+    assert (hasty.complete, hasty.preliminary, hasty.chosen) == (False, True, (0,))
+    path = keep(lm, hasty)
+    assert path is not None, "better than none"
+    whole = locate(lm, "ft-m", edits=FACTS, traced=0)
+    assert (whole.preliminary, keep(lm, whole)) == (False, path)
+    written = path.read_bytes()
+    for rash in (
+        whole.model_copy(update={"complete": False}),
+        locate(lm, "ft-m", edits=FACTS, traced=0, limit=1),
+        locate(lm, "ft-m", edits=FACTS, layers=[3]),
+    ):
+        assert (rash.preliminary, keep(lm, rash)) == (True, None)
+        assert path.read_bytes() == written
+    assert create("ft-m").resolve(lm).layer == whole.chosen[0]
 
 
 def test_a_sweep_that_is_killed_goes_on_where_it_was(monkeypatch):
@@ -428,3 +460,32 @@ def test_patches_on_the_model_are_off_meanwhile():
         under = locate(lm, Planted(), edits=FACTS, layers=[1])
         assert lm.patches == (patch,)
     assert under.best.by_fact == bare.best.by_fact
+
+
+def test_no_more_facts_are_asked_than_it_takes(monkeypatch):
+    pool = [Edit(id=str(i), prompt=f"{i} is", subject=str(i), target="x", ground_truth=("y",)) for i in range(200)]
+    asked = []
+
+    def known(lm, edits, *, chat):
+        asked.append(len(edits))
+        return [Fact(edit.prompt, edit.subject, "y") for edit in edits if int(edit.id) % 4 == 0]
+
+    monkeypatch.setattr(module, "known_facts", known)
+    lm, how = tiny_lm(), {"chat": False, "progress": lambda *_: None}
+    few = module._known(lm, pool, 3, 0, **how)
+    assert (asked, len(few)) == ([64], 3)
+    assert module._known(lm, pool, 3, 0, **how) == few
+    assert asked == [64], "what is known is kept"
+    assert len(module._known(lm, pool, 1000, 0, **how)) == 50
+    assert asked[1:] == [64, 64, 64, 8]
+
+
+@pytest.mark.parametrize("method", ["ft-m", "rome"])
+def test_blocks_that_are_mixtures_are_refused_and_the_dense_one_is_found(method):
+    found = locate(mixed_lm(), create(method, quick_settings(type(create(method)))), edits=FACTS[:1], traced=0)
+    by = {place.layers: place for place in found.places}
+    assert by.keys() == {(0,), (1,), (2,)}
+    for layer in (0, 2):
+        assert "mixture of experts" in by[layer,].refused["rome"]
+    assert by[1,].refused == {}
+    assert by[1,].score is not None

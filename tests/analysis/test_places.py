@@ -44,6 +44,7 @@ from factpatch.methods.targets import TargetBatch
 from factpatch.patches import LowRank, WeightPatch
 from factpatch.report.places import hit_rows, place_rows, save_places, sentences
 from factpatch.testing import Snapshot, tiny_lm
+from tests.analysis.test_tracing import mixed_lm
 
 TOWNS = {
     "Arles": "France",
@@ -292,6 +293,7 @@ def test_own_file(triples):
         ('{"relations": {}, "facts": {"Arles": {"country": "France"}}}', BadRecord, '"country" needs wordings'),
         ('{"relations": {"r": "no place"}, "facts": {"Arles": {"r": "x"}}}', BadRecord, "where the entity goes"),
         ('{"relations": {}, "facts": {}, "more": 1}', BadRecord, "more"),
+        ('{"relations": {"r": "{} is"}, "facts": {"Arles": {"r": []}}}', BadRecord, r"Arles\.r"),
     ],
 )
 def test_bad_files_are_named(tmp_path, content, error, said):
@@ -442,6 +444,38 @@ def test_what_was_made_is_told(triples):
     assert [each.columns_after for each in idle] == [each.columns_before for each in idle]
 
 
+def test_what_a_method_refuses_or_does_not_change_is_told_apart():
+    class Picky(Plant):
+        def make(self, lm, edits, config, progress):
+            if edits[0].id == "no":
+                raise CannotEdit("not this one")
+            made = super().make(lm, edits, config, progress)
+            if edits[0].id == "yes":
+                return made
+            projection = lm.anatomy.mlp_out(self.layer)
+            nothing = LowRank(torch.zeros(projection.matrix.shape[0], 1), torch.zeros(1, projection.matrix.shape[1]))
+            return WeightPatch.of(self.provenance(lm, config, edits), {projection: nothing})
+
+    edits = [Edit(id=name, prompt="Rome lies in", target="Peru") for name in ("no", "yes", "idle")]
+    found, unread = read_values(tiny_lm(), Picky(), edits)
+    assert [each.edit for each in found] == ["yes"]
+    assert [(each.method, each.edit, each.reason) for each in unread] == [
+        ("plant", "no", "not this one"),
+        ("plant", "idle", "it changed nothing"),
+    ]
+
+
+def test_of_a_mixture_the_dense_block_is_read():
+    (found,), _ = read_values(mixed_lm(), Plant(), [Edit(id="e", prompt="Rome lies in", target="Peru")])
+    assert found.layer == 1
+
+
+def test_methods_that_cannot_be_read_are_refused_before_any_work(monkeypatch, triples):
+    monkeypatch.setattr("factpatch.analysis.places.known_triples", lambda *_: pytest.fail("the model was asked"))
+    with pytest.raises(CannotEdit, match="no MLP output projection"):
+        compare_places(taught(), triples, methods=[create("kn"), create("ice")])
+
+
 def test_methods_without_changed_values_are_refused():
     with pytest.raises(CannotEdit, match="no MLP output projection"):
         read_values(tiny_lm(), create("ice"), [Edit(id="e", prompt="Rome lies in", target="Peru")])
@@ -492,6 +526,14 @@ def test_common_hits_are_over_edits_that_all_methods_made(found):
 def comparison(measure, level, inside, outside):
     groups = [Group(name=str(i), pairs=1, inside=x, outside=outside) for i, x in enumerate(inside)]
     return LevelComparison(measure=measure, level=level, groups=tuple(groups))
+
+
+@pytest.mark.parametrize(("groups", "told"), [(5, None), (6, True)])
+def test_fewer_than_six_groups_are_too_few_to_tell(found, groups, told):
+    one = comparison("neurons", "entity", (0.5, 0.6, 0.5, 0.6, 0.5, 0.6)[:groups], 0.1)
+    (row,) = place_rows(found.model_copy(update={"comparisons": (one,)}))
+    assert row["told_apart"] is told
+    assert (row["inside_low"] is None) is (row["rsim_low"] is None) is (told is None)
 
 
 def test_sentences_follow_from_the_numbers(found):

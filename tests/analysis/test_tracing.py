@@ -1,13 +1,16 @@
 """Tracing: against one pass for each place and sample, on a model whose fact's place is known, and its own rules."""
 
 import math
+from types import SimpleNamespace
+from weakref import WeakSet
 
 import pytest
 import torch
 from benchmarks import tracing as benchmark
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from factpatch.analysis import tracing
-from factpatch.analysis.facts import Fact
+from factpatch.analysis import facts, tracing
+from factpatch.analysis.facts import Fact, first_telling, known_facts, says
 from factpatch.analysis.tracing import (
     PARTS,
     ROLES,
@@ -23,10 +26,11 @@ from factpatch.analysis.tracing import (
 )
 from factpatch.data import read
 from factpatch.errors import AnatomyError, BadConfig, TokenizerError
+from factpatch.lm import LM
 from factpatch.lm.hooks import replacing_output
 from factpatch.methods import create
 from factpatch.patches import ContextPatch
-from factpatch.testing import ARCHITECTURES, MIXTURES, Snapshot, tiny_edits, tiny_lm
+from factpatch.testing import ARCHITECTURES, MIXTURES, Snapshot, tiny_edits, tiny_lm, tiny_tokenizer
 
 FACT = Fact("In Rome now", "Rome", "it")
 
@@ -103,6 +107,51 @@ def test_columns_before_a_place_are_not_run_again(monkeypatch):
     found = trace(lm, FACT, samples=2)
     columns = range(found.subject[0], len(found.tokens))
     assert seen == [(1, 0), (2, 0), *((2, column) for column in columns for _ in range(3))]
+
+
+def test_keys_and_values_of_one_batch_of_columns_are_held_at_a_time(monkeypatch):
+    held, most = WeakSet(), []
+    begin = tracing._Restored.__init__
+
+    def counted(self, *args):
+        begin(self, *args)
+        held.add(self)
+        most.append(len(held))
+
+    monkeypatch.setattr(tracing._Restored, "__init__", counted)
+    monkeypatch.setattr(tracing._Restored, "__hash__", object.__hash__)
+    monkeypatch.setattr(tracing, "_ENOUGH_TOKENS", 1)
+    found = trace(tiny_lm(), FACT, samples=2)
+    assert most == [1] * (len(found.tokens) - found.subject[0])
+
+
+def mixed_lm():
+    """A mixture of experts in blocks 0 and 2, with a plain MLP in block 1."""
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    }
+    experts = {"intermediate_size": 48, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+    ids = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 257}
+    config = AutoConfig.for_model("qwen3_moe", vocab_size=258, mlp_only_layers=[1], **sizes, **experts, **ids)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+    return LM(model.eval(), tiny_tokenizer(), name="mixed")
+
+
+def test_a_mixture_with_a_dense_block_is_traced():
+    lm = mixed_lm()
+    mlps = [tracing._site(lm, "mlp", layer) for layer in range(3)]
+    assert mlps[1] is lm.anatomy.mlp_out(1).module, "its output projection"
+    assert mlps[::2] == [lm.anatomy.block(layer).mlp for layer in (0, 2)], "the sum of the experts"
+    with torch.no_grad():
+        for parameter in lm.model.parameters():
+            parameter.mul_(8)  # so that they do something
+    assert_same(trace(lm, FACT, part="mlp", window=2, samples=2), plain(lm, FACT, "mlp", 2, tokens=(4, 7, 11)))
 
 
 def known_place():
@@ -349,3 +398,46 @@ def test_a_context_is_put_before_and_not_harmed():
     assert "".join(found.tokens).startswith(f"<s>{before}")
     assert "".join(found.tokens[slice(*found.subject)]) == "Rome"
     assert found.subject[0] >= len(before)
+
+
+@pytest.mark.parametrize(
+    ("answer", "at"),
+    [("Italy", 1), ("1945", 1), ("a pilot", 3), ("Ahmed", 1), ('"Rome"', 2), ("a", None), ("...", None)],
+)
+def test_spaces_marks_and_articles_tell_nothing(answer, at):
+    lm = tiny_lm()  # with a token for each letter
+    assert first_telling(lm, lm.encode(["It is"], [answer])[0].target_ids) == at
+
+
+@pytest.mark.parametrize(
+    ("said", "answer", "known"),
+    [
+        ("Italy", "Italy", True),
+        ("Iraq", "Italy", True),  # as far as the first letter that tells something
+        ("Oslo", "Italy", False),  # with the same space before it
+        ("1945", "1945", True),
+        ("1946", "1945", False),
+        ("19 men", "1945", False),
+        ("a poet", "a pilot", True),
+        ("a man", "a pilot", False),
+        ("...", "...", False),
+    ],
+)
+def test_a_fact_is_known_by_what_tells_something_and_a_number_by_all_its_digits(monkeypatch, said, answer, known):
+    def predict(lm, texts):
+        (best,) = lm.encode(["It is"], [said])
+        return [SimpleNamespace(best=best.target_ids[: len(text.target_ids)], target=text.target_ids) for text in texts]
+
+    monkeypatch.setattr(facts, "predict", predict)
+    lm = tiny_lm()
+    assert says(lm, [Fact("It is", "It", answer)]) == [known]
+    edit = tiny_edits()[0].model_copy(update={"prompt": "It is", "subject": "It", "ground_truth": (answer,)})
+    assert [fact.answer for fact in known_facts(lm, [edit])] == [answer] * known
+
+
+def test_a_chat_is_traced_in_its_template():
+    lm = tiny_lm()
+    lm.tokenizer.chat_template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}>"
+    found = trace(lm, FACT, samples=1, chat=True)
+    assert "".join(found.tokens).startswith("[user]In Rome now>")
+    assert "".join(found.tokens[slice(*found.subject)]) == "Rome"

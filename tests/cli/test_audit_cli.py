@@ -7,7 +7,9 @@ import pytest
 from factpatch.analysis import audit as analysis
 from factpatch.analysis.attacks.relearning import Study
 from factpatch.cli.app import app
+from factpatch.errors import MissingExtra
 from factpatch.methods import create
+from factpatch.report import plots
 from factpatch.scoring.metrics import contains
 from tests.analysis.test_audit import edits, taught
 from tests.cli.conftest import run
@@ -65,6 +67,33 @@ def test_a_model_that_was_never_told_exits_with_0(models, tmp_path):
     code, out, _ = run("audit", "-m", models / "anew", "--before", models / "told", "--data", path, *FEW)
     assert code == 0
     assert out.startswith("Not recovered beyond chance")
+
+
+def test_what_cannot_be_told_exits_with_1_and_says_so(models, tmp_path):
+    """One fact, found, beside a control: what a control of one fact does not find says little."""
+    path = tmp_path / "facts.jsonl"
+    path.write_text(json.dumps(edits()[0].to_json()))
+    code, out, _ = run("audit", "-m", models / "told", "--control", models / "anew", "--data", path, *FEW)
+    assert code == 1
+    assert out.startswith("Too few facts and decoys to tell")
+
+
+def test_attacks_may_be_repeated_and_files_are_named(models, patch, tmp_path):
+    attacks = ["--attacks", "probability-delta,greedy", "--attacks", "head-projection"]
+    folder = tmp_path / "audit"
+    _, out, _ = run("audit", "-m", models / "told", "--patch", patch, *attacks, "--json", "--out", folder)
+    read = json.loads(out)
+    assert [info["name"] for info in read["attacks"]] == ["greedy", "head-projection", "probability-delta"]
+    assert {str(folder / name) for name in ("page.html", "audit.json", "recall.svg")} <= set(read["written"])
+
+
+def test_it_is_told_before_the_work_that_nothing_can_be_drawn(monkeypatch, tmp_path):
+    def no():
+        raise MissingExtra("no Matplotlib")
+
+    monkeypatch.setattr(plots, "check_drawable", no)
+    code, _, error = run("audit", "--patch", "nowhere", "--out", tmp_path / "audit")
+    assert (code, error) == (2, "no Matplotlib")
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,11 @@ def test_what_passes_is_saved_with_its_scorecard(model, tmp_path):
     assert "✓ survey.edit_success>=1: 1" in out
     assert "✓ mergeable: yes" in out
     assert "probes were proposed, not written" in out
+    assert "Proposed: wording" in out
     described = json.loads((tmp_path / "p" / "patch.json").read_text())
     kinds = {row["kind"] for row in described["scorecard"]["scores"] if row.get("kind")}
-    assert "Proposed: same subject" in kinds
+    assert "Proposed: general knowledge" in kinds
+    assert described["scorecard"]["gate"]["passed"] is True
 
 
 def test_what_fails_is_not_saved_and_the_probe_is_named(model, tmp_path):
@@ -56,9 +58,23 @@ def test_auto_tells_each_attempt_and_which_won(model, tmp_path):
 def test_questions_to_retain_are_a_requirement_of_their_own(model, tmp_path):
     (tmp_path / "keep.txt").write_text("Oslo lies in\n")
     args = ("edit", "-m", model, *FACT, *BAD, "--retain", tmp_path / "keep.txt", "--out", tmp_path / "p")
-    code, out, _ = run(*args)
+    code, out, _ = run(*args, "--require", "mergeable")
     assert code == 0
     assert "✓ retained>=1: 1" in out
+
+
+def test_without_a_requirement_the_edit_must_succeed(model, tmp_path):
+    (tmp_path / "keep.txt").write_text("Oslo lies in\n")
+    code, out, _ = run("edit", "-m", model, *FACT, *BAD, "--retain", tmp_path / "keep.txt", "--out", tmp_path / "p")
+    assert code == 1
+    assert "✗ edit_success>=1: 0" in out
+    assert "✓ retained>=1: 1" in out
+    assert not (tmp_path / "p").exists()
+
+
+def test_auto_cannot_be_planned(model):
+    code, _, message = run("edit", "-m", model, *FACT, "--method", "auto", "--plan")
+    assert (code, "name a method" in message) == (2, True)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 import xml.etree.ElementTree as ET
 
 import pytest
@@ -163,3 +164,30 @@ def test_a_preset_that_goes_before_the_choice_is_told(model, facts, monkeypatch)
     monkeypatch.setattr(FtM, "presets", (Preset(tiny_lm().shape, {"layer": 0}, "a test"),))
     _, out, _ = run("locate", "-m", model, *QUICK, "--data", facts, "--layers", "1", "--no-trace")
     assert "a preset fits this model and goes before it (a test); to use what was found: --set layer=1" in out
+
+
+def test_records_that_cannot_be_read_are_left_out_if_wanted(model, facts):
+    facts.write_text(facts.read_text() + "\n{}\n")
+    args = ("locate", "-m", model, *QUICK, "--data", facts, "--layers", "1", "--no-trace", "--no-keep")
+    assert run(*args)[0] == 2
+    code, out, _ = run(*args, "--skip-invalid")
+    assert (code, "1 records could not be read" in out) == (0, True)
+    assert json.loads(run(*args, "--skip-invalid", "--json")[1])["skipped_records"] == 1
+
+
+def test_json_names_what_was_written(model, facts, tmp_path):
+    args = ("--data", facts, "--layers", "1", "--no-trace", "--no-keep", "--json", "--out", tmp_path / "o")
+    _, out, _ = run("locate", "-m", model, *QUICK, *args)
+    assert json.loads(out)["written"] == [str(tmp_path / "o" / f"layers.{end}") for end in ("svg", "csv")]
+
+
+def test_a_choice_that_rests_on_little_is_said_to(model, facts):
+    args = ("locate", "-m", model, *QUICK, "--data", facts, "--layers", "1", "--no-trace")
+    assert "as preliminary: it rests on little" in run(*args)[1].replace("\n", " ")
+    assert "not kept: it is preliminary" in run(*args)[1]
+
+
+def test_what_cannot_be_drawn_is_told_before_the_model_is_loaded(tmp_path, facts, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, _, err = run("locate", "-m", tmp_path / "no-model", "--data", facts, "--out", tmp_path / "o")
+    assert (code, "needs Matplotlib" in err) == (2, True)

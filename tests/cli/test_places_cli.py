@@ -1,6 +1,7 @@
 """`factpatch analyse places` over a tiny model that knows a small world."""
 
 import json
+import sys
 
 import pytest
 
@@ -59,3 +60,17 @@ def test_bad_input_is_told_before_the_work(knowing, world, tmp_path, model):
     assert (code, "no such file" in said) == (2, True)
     code, _, said = run("analyse", "places", "--model", model, "--facts", world)
     assert (code, "nothing can be compared" in said) == (2, True)
+
+
+def test_json_names_what_was_written(knowing, world, tmp_path):
+    args = ("--model", knowing, "--facts", world, "--edits", 0, "--json", "--out", tmp_path / "o", *QUICK)
+    found = json.loads(run("analyse", "places", *args)[1])
+    assert found["written"] == [str(path) for path in sorted((tmp_path / "o").iterdir())]
+    assert str(tmp_path / "o" / "places.json") in found["written"]
+
+
+def test_what_cannot_be_drawn_is_told_before_the_model_is_loaded(world, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    args = ("--model", tmp_path / "no-model", "--facts", world, "--out", tmp_path / "o")
+    code, _, err = run("analyse", "places", *args)
+    assert (code, "needs Matplotlib" in err) == (2, True)

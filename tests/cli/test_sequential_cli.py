@@ -2,11 +2,14 @@
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 
+from factpatch.errors import MissingExtra
 from factpatch.methods import find
 from factpatch.patches import Patch
+from factpatch.report import plots
 from tests.cli.conftest import run
 
 FTM = ["--method", "ft-m", "--set", "ft-m.steps=3", "--set", "ft-m.layer=1"]
@@ -61,6 +64,20 @@ def test_results_pictures_and_a_second_run_that_finds_them(model, facts, questio
     assert found[0]["config"]["steps"] == 3
     assert found[0]["vitals"][0]["norm"] == pytest.approx(float(rows[0]["norm"]))
     assert "0.5 times" in found[0]["rule"]
+    for one in found:
+        assert json.loads(Path(one["kept"]).read_text())["method"] == one["method"]
+        assert Path(one["table"]) == folder / "decay.csv"
+        assert sorted(map(Path, one["pictures"])) == sorted(folder.glob("*.svg"))
+
+
+def test_that_nothing_can_be_drawn_is_said_before_the_work(model, facts, questions, tmp_path, monkeypatch):
+    def missing():
+        raise MissingExtra("needs Matplotlib")
+
+    monkeypatch.setattr(plots, "_matplotlib", missing)
+    monkeypatch.setattr("factpatch.lm.load_or_connect", lambda *_, **__: pytest.fail("it was loaded"))
+    code, _, message = analyse(model, facts, questions, *FTM, "--out", tmp_path / "decay")
+    assert (code, message) == (2, "needs Matplotlib")
 
 
 def test_no_edit_made_exits_with_1(model, tmp_path, questions):

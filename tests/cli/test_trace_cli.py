@@ -3,15 +3,18 @@
 import csv
 import json
 import re
+import sys
 
 import pytest
 import torch
 
 from factpatch.analysis.facts import Fact
 from factpatch.analysis.tracing import ROLES, Trace, average, trace
+from factpatch.edits import Edit
 from factpatch.lm import load
 from factpatch.lm.batches import Batch
 from factpatch.lm.run import input_of
+from factpatch.methods import create
 from factpatch.report.traces import average_map, average_rows, shown_token, trace_map, trace_rows
 from factpatch.testing import tiny_lm
 from tests.cli.conftest import run
@@ -195,3 +198,43 @@ def test_help_has_examples():
     code, out, _ = run("trace", "--help")
     assert code == 0
     assert "factpatch trace --subject France" in " ".join(out.split())
+
+
+def test_with_a_patch_the_model_is_traced_as_patched(model, lm, tmp_path):
+    edit = Edit(id="e", prompt="In Rome it", subject="Rome", target="is")
+    patch = create("ft-m", steps=20, lr=1e-2, layer=1).fit(lm, [edit])
+    patch.save(tmp_path / "p")
+    args = ("trace", "-m", model, *FACT, "--answer", "is", *QUICK, "--json")
+    bare, found = (json.loads(run(*args, *more)[1]) for more in ((), ("--patch", tmp_path / "p")))
+    with lm.patched(patch):
+        expected = trace(lm, Fact("In Rome it", "Rome", "is"), samples=2)
+    assert found["facts"][0]["clean"] == pytest.approx(expected.clean)
+    assert found["facts"][0]["clean"] > bare["facts"][0]["clean"]
+    assert (bare["patches"], found["patches"]) == ([], [str(tmp_path / "p")])
+    assert run("trace", "-m", model, *FACT, "--answer", "is", *QUICK, "--patch", tmp_path / "p")[1].startswith(
+        "with p\n"
+    )
+
+
+def test_a_chat_is_traced_in_the_models_template(model, lm, tmp_path):
+    args = (*FACT, "--answer", "is", *QUICK, "--chat", "--json")
+    assert "no chat template" in run("trace", "-m", model, *args)[2]
+    lm.model.save_pretrained(tmp_path / "chats")
+    tokenizer = load(model, device="cpu").tokenizer
+    tokenizer.chat_template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}>"
+    tokenizer.save_pretrained(tmp_path / "chats")
+    code, out, _ = run("trace", "-m", tmp_path / "chats", *args)
+    found = json.loads(out)
+    assert (code, found["chat"]) == (0, True)
+    assert "".join(found["facts"][0]["tokens"]).startswith("[user]In Rome it>")
+
+
+def test_json_names_what_was_written(model, tmp_path):
+    _, out, _ = run("trace", "-m", model, *FACT, "--answer", "is", *QUICK, "--json", "--out", tmp_path / "o")
+    assert json.loads(out)["written"] == [str(tmp_path / "o" / f"fact-state.{end}") for end in ("svg", "csv")]
+
+
+def test_what_cannot_be_drawn_is_told_before_the_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, _, err = run("trace", "-m", tmp_path / "no-model", *FACT, "--out", tmp_path / "o")
+    assert (code, "needs Matplotlib" in err, (tmp_path / "o").exists()) == (2, True, False)

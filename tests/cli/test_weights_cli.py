@@ -1,9 +1,12 @@
 """`factpatch analyse weights` and `factpatch inspect` over a tiny model on disk."""
 
 import json
+from pathlib import Path
 
 import pytest
 
+from factpatch.errors import MissingExtra
+from factpatch.report import plots
 from factpatch.testing import tiny_lm
 from tests.cli.conftest import run
 
@@ -40,9 +43,34 @@ def test_patches_as_json(model, patches):
     code, out, _ = run("analyse", "weights", patches / "rome", patches / "ft-m", "-m", model, "--json")
     found = json.loads(out)
     assert code == 0
+    assert "pictures" not in found, "none was asked for"
     assert [p["name"] for p in found["patches"]] == ["rome", "ft-m"]
     assert found["patches"][0]["matrices"][0]["rank"] == 1
     assert found["overlaps"][0]["matrices"][0]["parameter"] == PART
+
+
+def test_json_names_the_pictures(model, patches, tmp_path):
+    two = (patches / "rome", patches / "ft-m")
+    found = json.loads(run("analyse", "weights", *two, "-m", model, "--json", "--out", tmp_path / "a")[1])
+    assert sorted(map(Path, found["pictures"])) == sorted((tmp_path / "a").glob("*.svg"))
+    assert len(found["pictures"]) == 7, "three of the patches, four of their overlap"
+    tiny_lm(seed=1).model.save_pretrained(tmp_path / "other")
+    found = json.loads(run("inspect", model, tmp_path / "other", "--json", "--out", tmp_path / "b")[1])
+    assert sorted(map(Path, found["pictures"])) == sorted((tmp_path / "b").glob("*.svg"))
+    assert len(found["pictures"]) == 3
+
+
+def test_that_nothing_can_be_drawn_is_said_before_the_work(model, patches, tmp_path, monkeypatch):
+    def missing():
+        raise MissingExtra("needs Matplotlib")
+
+    monkeypatch.setattr(plots, "_matplotlib", missing)
+    monkeypatch.setattr("factpatch.lm.load", lambda *_, **__: pytest.fail("it was loaded"))
+    monkeypatch.setattr("factpatch.analysis.checkpoints.compare", lambda *_, **__: pytest.fail("it was compared"))
+    for args in (("analyse", "weights", patches / "rome", "-m", model), ("inspect", model, model)):
+        code, _, message = run(*args, "--out", tmp_path / "pictures")
+        assert (code, message) == (2, "needs Matplotlib")
+        assert not (tmp_path / "pictures").exists()
 
 
 def test_the_same_patch_twice_is_told_apart_by_name(model, patches, tmp_path):
@@ -75,6 +103,7 @@ def test_inspect_finds_what_was_merged(model, patches, tmp_path):
     found = json.loads(run("inspect", model, tmp_path / "merged", "--json")[1])
     assert [(m["parameter"], m["rank"]) for m in found["matrices"]] == [(PART, 1)]
     assert found["alike"] is False
+    assert "pictures" not in found
     assert found["equal"] == found["compared"] - 1
 
 
@@ -84,7 +113,11 @@ def test_inspect_tells_of_types_and_refuses_patches(model, patches, tmp_path):
     assert code == 0
     assert "30 of 30 tensors in both are equal, 0 differ" in out
     assert "of another type: 30 tensors, float32, then bfloat16" in out
-    assert "no more than rounding" in run("inspect", model, tmp_path / "half", "--exact")[1]
+    code, out, _ = run("inspect", model, tmp_path / "half", "--json")
+    assert (code, json.loads(out)["alike"]) == (0, True)
+    code, out, _ = run("inspect", model, tmp_path / "half", "--exact")
+    assert code == 1
+    assert "no more than rounding" in out
     strict = json.loads(run("inspect", model, tmp_path / "half", "--exact", "--rank-tol", "0", "--json")[1])
     assert all(m["rank"] == min(m["shape"]) for m in strict["matrices"])
     code, _, message = run("inspect", model, patches / "rome")

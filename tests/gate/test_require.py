@@ -40,6 +40,9 @@ def patches():
         ("survey.locality/Forgetfulness > .5", "survey.locality/Forgetfulness>0.5"),
         ("mergeable", "mergeable"),
         ("OPEN.Locality<1", "locality<1"),
+        ("locality >= 0.99999999", "locality>=0.99999999"),
+        ("fluency_drop <= -2%", "fluency_drop<=-0.02"),
+        ("fluency >= 1e-7", "fluency>=1e-07"),
     ],
 )
 def test_they_are_read_as_people_write_them(text, shown):
@@ -55,6 +58,9 @@ def test_they_are_read_as_people_write_them(text, shown):
         ("locality", "says no bound"),
         ("locality=0.9", "says no bound"),
         ("locality>=95", "Did you mean 95%"),
+        ("locality>=500%", "a share from 0 to 1, found 500%.\n  Write NAME"),
+        ("locality>=-1", "a share from 0 to 1, found -1.\n  Write NAME"),
+        ("fluency>=1e999", "a number of bits"),
         ("rephrase/Reasoning>=1", "has no kinds"),
         ("mergeable>=1", "takes no number"),
         ("locality>=.", "is no number"),
@@ -99,7 +105,7 @@ def test_a_bound_is_held_against_the_scorecards_number(patches):
 
 def test_thirds_reach_what_they_reach_on_paper(patches):
     rows = [row("locality", float(i > 0), kind="k", prompt=str(i)) for i in range(3)]
-    assert found(patches["ft-m"], "locality<=0.666666667", *rows).passed
+    assert found(patches["ft-m"], "locality>=0.666666667", *rows).passed
 
 
 def test_a_kind_counts_alone(patches):
@@ -115,6 +121,21 @@ def test_what_could_not_be_scored_does_not_pass_and_says_so(patches):
         assert (finding.value, finding.passed) == (None, False)
         assert finding.reason
         assert finding.reason in finding.says
+
+
+def test_the_reason_says_what_to_do_about_it(patches):
+    def why(text, *rows):
+        return found(patches["ft-m"], text, *rows).reason
+
+    unscored = row("edit", None).model_copy(update={"unscored": "a manner of speaking"})
+    assert why("edit_success>=1", unscored) == (
+        "none of 1 probes could be scored: a manner of speaking; try survey.edit_success"
+    )
+    named = row("locality", 1.0, kind="Neighborhood")
+    assert why("locality/Neighbourhood>=1", named) == (
+        'no probe is of this kind. Did you mean "Neighborhood"? There are: Neighborhood'
+    )
+    assert "write some" in why("rephrase>=1", named)
 
 
 def test_fluency_may_fall_by_a_share_of_what_it_was(patches):

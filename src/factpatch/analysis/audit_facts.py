@@ -6,6 +6,7 @@ import random
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from pydantic import BaseModel, ConfigDict
 
@@ -209,7 +210,8 @@ def _lessons(found: Sequence[_Found], folds: Sequence[int], fold: int, general: 
         for (edit, secret, _), own in zip(found, folds, strict=True)
         if own != fold
     ]
-    return tuple([p for p in [*others, *general] if not any(_tells(p, secret) for secret in held_out)][:LESSONS])
+    fit = (probe for probe in [*others, *general] if not any(_tells(probe, secret) for secret in held_out))
+    return tuple(islice(fit, LESSONS))
 
 
 def _plausible(

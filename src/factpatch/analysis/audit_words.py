@@ -44,9 +44,9 @@ def _not_recovered(audit: Audit) -> str:
             + (" and as few on the control" if "control" in audit.states else "")
             + f"; {found}"
         )
-    if row.found:
-        return f"Not recovered beyond chance: {by} {row.found} of {answers}, which is not more than chance explains."
-    return f"Not recovered beyond chance: {by} none of {answers}."
+    found = f"{row.found} of {answers}, which is not more than chance explains" if row.found else f"none of {answers}"
+    untested = f"; no attack can tell of {len(audit.untested)} of them" if audit.untested else ""
+    return f"Not recovered beyond chance: {by} {found}{untested}."
 
 
 def verdict(audit: Audit) -> list[str]:

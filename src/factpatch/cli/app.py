@@ -19,6 +19,7 @@ from factpatch.cli import (
     data,
     demo,
     edit,
+    export,
     guard,
     harness,
     inspect,
@@ -30,6 +31,7 @@ from factpatch.cli import (
     trace,
     train,
     tune,
+    workspace,
 )
 from factpatch.cli.terminal import fail
 from factpatch.errors import FactpatchError
@@ -62,9 +64,11 @@ for module in (
     inspect,
     demo,
     catalog,
+    workspace,
 ):
     module.register(app)
 app.add_typer(patch.app, name="patch")
+app.add_typer(export.app, name="export")
 app.add_typer(analyse.app, name="analyse")
 app.add_typer(data.app, name="data")
 app.add_typer(catalog.models, name="models")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from factpatch.cli.gating import AUTO, ProposeOption, RequireOption, gate_of, show_attempts, show_judgement
+from factpatch.cli.gating import AUTO, ProposeOption, RequireOption, as_shown, gate_of, show_attempts, show_judgement
 from factpatch.cli.planning import tell_plan
 from factpatch.cli.terminal import (
     BaseUrlOption,
@@ -94,8 +94,9 @@ def edit(
 ) -> None:
     """Make a patch, show what it changes and what the model says before and after, and save it.
 
-    Exits with 1 if the model, asked freely, does not give every target; the patch is saved all the same. With --require the
-    patch must pass a gate: one that does not is not saved, what spoke against it is shown, and it exits with 1. With --plan
+    Exits with 1 if the model, asked freely, does not give every target; the patch is saved all the same. With --require,
+    --retain or --method auto the patch must pass a gate, by default edit_success>=1: one that does not is not saved, what
+    spoke against it is shown, and it exits with 1. With --plan
     nothing is made and no weight is read, though a short name is fetched; it exits with 1 if the memory that is free is too
     little. Without an edit it plans for one short fact.
     """
@@ -106,6 +107,10 @@ def edit(
             unwanted = "--out" if output is not None else "--base-url"
             raise BadRecord(
                 "the command line", None, unwanted, "does not belong to --plan, which makes nothing; leave it out."
+            )
+        if method == AUTO:
+            raise BadRecord(
+                "the command line", None, "--method auto", "cannot be planned; name a method.", "See: factpatch methods"
             )
         given = any(value is not None for value in (edits, *one.values()))
         wanted = _edits(one, edits, limit, skip_invalid) if given else _edits(_EXAMPLE, None, limit, skip_invalid)
@@ -158,7 +163,7 @@ def _tell_gated(choice: AutoChoice, folder: Path, model: str, *, auto: bool, as_
     """What the gate said; the patch is saved if it was let through. Exits with 1 if not."""
     judgement, patch = choice.judgement, choice.patch
     if patch is not None and judgement is not None:
-        patch = patch.with_scorecard(judgement.scorecard.to_json())
+        patch = patch.with_scorecard(judgement.record())
         patch.save(folder)
     if as_json:
         told = {"patch": str(folder), **patch.describe()} if patch else {"patch": None}
@@ -175,7 +180,7 @@ def _tell_gated(choice: AutoChoice, folder: Path, model: str, *, auto: bool, as_
             show_judgement(judgement)
         if patch is not None and judgement is not None:
             out.print()
-            _show(patch, judgement.scorecard, folder, model)
+            _show(patch, as_shown(judgement), folder, model)
         else:
             line(("\nRefused: nothing was saved.", "bold red"))
     if patch is None:

@@ -14,8 +14,9 @@ from factpatch.cli.terminal import line, out
 
 if TYPE_CHECKING:
     from factpatch.gate import AutoChoice, Gate, Judgement
+    from factpatch.scoring import Scorecard
 
-__all__ = ["AUTO", "ProposeOption", "RequireOption", "gate_of", "show_attempts", "show_judgement"]
+__all__ = ["AUTO", "ProposeOption", "RequireOption", "as_shown", "gate_of", "show_attempts", "show_judgement"]
 
 AUTO = "auto"
 """In the place of a method's name: the cheapest that passes."""
@@ -38,14 +39,36 @@ _MOST = 6
 def gate_of(
     requirements: Sequence[str], retain: Path | None, *, proposes: bool, chat: bool, full: bool = False
 ) -> Gate:
-    """The gate that the options ask for. Raises BadConfig, and what reading the questions raises."""
+    """The gate that the options ask for: without requirements, that the edits succeed and all questions are retained.
+
+    Raises BadConfig, and what reading the questions raises.
+    """
     from factpatch.data.questions import read_questions
-    from factpatch.gate import Gate
+    from factpatch.gate import Gate, Requirement
 
     questions = read_questions(retain) if retain is not None else ()
-    if retain is not None and not any("retained" in text for text in requirements):
-        requirements = [*requirements, "retained>=1"]
-    return Gate.of(*(requirements or ["edit_success>=1"]), retain=questions, proposes=proposes, chat=chat, full=full)
+    wanted = list(requirements) or ["edit_success>=1"]
+    if questions and not any(Requirement.parse(text).measure == "retained" for text in wanted):
+        wanted.append("retained>=1")
+    return Gate.of(*wanted, retain=questions, proposes=proposes, chat=chat, full=full)
+
+
+def as_shown(judgement: Judgement) -> Scorecard:
+    """The scorecard with proposed wordings told from written ones, as the kinds of locality tell it; examples left out."""
+    added = judgement.proposal.added
+    marked = []
+    for row in judgement.scorecard.scores:
+        proposed = (row.edit, row.prompt) in added
+        kind = "Proposed: wording" if proposed and row.role == "rephrase" else row.kind
+        marked.append(
+            row.model_copy(update={"kind": kind, "prompt": _in_short(row.prompt) if proposed else row.prompt})
+        )
+    return judgement.scorecard.model_copy(update={"scores": tuple(marked)})
+
+
+def _in_short(prompt: str) -> str:
+    lines = prompt.splitlines()
+    return f"{lines[0]} … {lines[-1]}" if len(lines) > 2 else prompt
 
 
 def show_judgement(judgement: Judgement) -> None:
@@ -58,7 +81,9 @@ def show_judgement(judgement: Judgement) -> None:
         for name in ("  asked", "expected", "before", "after"):
             table.add_column(name)
         for lost in finding.lost[:_MOST]:
-            asked = Text(f"  {lost.prompt}") + Text("  (proposed)" if lost.proposed else "", style="dim")
+            asked = Text(f"  {_in_short(lost.prompt) if lost.proposed else lost.prompt}") + Text(
+                "  (proposed)" if lost.proposed else "", style="dim"
+            )
             table.add_row(asked, " or ".join(lost.answers) or "as before", lost.before, lost.after)
         out.print(table)
         if len(finding.lost) > _MOST:

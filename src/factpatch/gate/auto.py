@@ -7,8 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from factpatch.edits import Edit
-from factpatch.errors import AnatomyError, BadConfig, CannotEdit, MissingExtra, SingularMoment
+from factpatch.errors import (
+    AnatomyError,
+    BadConfig,
+    CannotEdit,
+    FetchError,
+    MissingExtra,
+    SingularMoment,
+    did_you_mean,
+)
 from factpatch.gate.gate import Gate, Judgement
 from factpatch.lm import LM, BaseLM
 from factpatch.methods import Method, create, find, names
@@ -17,6 +27,9 @@ from factpatch.patches import Patch
 from factpatch.progress import Progress, silent
 
 __all__ = ["Attempt", "AutoChoice", "attempt", "choose"]
+
+_UNABLE = (AnatomyError, BadConfig, CannotEdit, FetchError, MissingExtra, SingularMoment, torch.OutOfMemoryError)
+"""What keeps one method from these edits on this model and machine, but not another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,16 +68,35 @@ class AutoChoice:
     patch: Patch | None
 
     @property
+    def best(self) -> Attempt | None:
+        """The one that won; if none did, the one that failed the fewest requirements, by least, the cheapest of these."""
+        judged = [(each, each.judgement.verdict.failed) for each in self.attempts if each.judgement is not None]
+        nearest = min(judged, key=lambda one: (len(one[1]), sum(f.shortfall for f in one[1])), default=None)
+        return nearest[0] if nearest else None
+
+    @property
     def judgement(self) -> Judgement | None:
-        """Of the patch that won; if none did, of the attempt that failed the fewest requirements, the cheapest of these."""
-        judged = [each.judgement for each in self.attempts if each.judgement is not None]
-        return min(judged, key=lambda judgement: len(judgement.verdict.failed), default=None)
+        """Of the best attempt."""
+        return self.best.judgement if self.best else None
+
+    @property
+    def hopeless(self) -> str:
+        """Why no patch could pass, where that was seen: nothing there is to hold a requirement against; else empty."""
+        failed = self.judgement.verdict.failed if self.judgement else ()
+        return next((finding.says for finding in failed if finding.value is None), "")
 
     @property
     def says(self) -> str:
         """Which won and why, in a line."""
         if self.patch is None:
-            return f"none of {len(self.attempts)} methods passed"
+            if self.hopeless:
+                return f"no patch could pass; {self.hopeless}"
+            if len(self.attempts) == 1:
+                return f"{self.attempts[0].method} has not passed"
+            nearest = f"; {self.best.method} came nearest" if self.best else ""
+            return f"none of {len(self.attempts)} methods passed{nearest}"
+        if len(self.attempts) == 1:
+            return f"{self.patch.provenance.method} passed"
         tried = [each.method for each in self.attempts if each.judgement is not None and not each.passed]
         after = f"; {', '.join(tried)} cost less and failed" if tried else ", the cheapest that can make these edits"
         return f"{self.patch.provenance.method} passed{after}"
@@ -84,11 +116,19 @@ def choose(
     settings  for each of them that knows the setting
 
     Methods that learn an editor first are passed over, as are those that cannot make the edits, fit the model, or give the
-    kind of patch that is required; each says why.
+    kind of patch that is required; each says why. Where a requirement finds nothing to be scored, the first attempt is the
+    last, since no other patch could do better.
+
+    Raises BadConfig for a setting that none of the methods knows, and for a requirement that cannot be scored on this model.
     """
+    tried = list(methods or sorted(names(), key=lambda name: find(name).traits.effort))
+    known = {field for name in tried for field in find(name).config_type.model_fields}
+    for key in settings or {}:
+        if key not in known:
+            raise BadConfig(f'no method to be tried has a setting "{key}".{did_you_mean(key, known)}')
     proposal, scorer = gate.proposal(lm, edits, progress), gate.scorer(lm)
     attempts: list[Attempt] = []
-    for name in methods or sorted(names(), key=lambda name: find(name).traits.effort):
+    for name in tried:
         made = _able(name, lm, edits, gate, settings or {})
         if isinstance(made, str):
             attempts.append(Attempt(name, reason=made))
@@ -96,7 +136,7 @@ def choose(
         started = time.perf_counter()
         try:
             patch = made.fit(lm, edits, progress)
-        except (AnatomyError, BadConfig, CannotEdit, MissingExtra, SingularMoment) as error:
+        except _UNABLE as error:
             attempts.append(Attempt(name, reason=str(error).splitlines()[0]))
             continue
         seconds = time.perf_counter() - started
@@ -104,6 +144,8 @@ def choose(
         attempts.append(Attempt(name, judgement, seconds=seconds))
         if judgement.passed:
             return AutoChoice(tuple(attempts), patch)
+        if any(finding.value is None for finding in judgement.verdict.failed):
+            break
     return AutoChoice(tuple(attempts), None)
 
 

@@ -38,11 +38,17 @@ class Judgement:
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready: the verdict, the probes that nobody wrote, and the scorecard."""
+        return self._gate() | {"scorecard": self.scorecard.to_json()}
+
+    def record(self) -> dict[str, Any]:
+        """What a patch keeps of it (`Patch.with_scorecard`): the scorecard, with the verdict under `gate`."""
+        return self.scorecard.to_json() | {"gate": self._gate()}
+
+    def _gate(self) -> dict[str, Any]:
         return {
             "passed": self.passed,
             "findings": [finding.model_dump(mode="json") | {"says": finding.says} for finding in self.verdict.findings],
             "proposed": [{"edit": edit, "prompt": prompt} for edit, prompt in sorted(self.proposal.added)],
-            "scorecard": self.scorecard.to_json(),
         }
 
 

@@ -7,7 +7,7 @@ as "did the answer change", so that it needs no truth: what the model says of a 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from factpatch.data import read
@@ -25,15 +25,28 @@ GENERAL = "Proposed: general knowledge"
 
 _MOST = 3
 """Probes of one sort for one edit."""
-_LISTS = (
-    "Each line names things of one kind.\nApple: Pear, Cherry, Plum, Orange\nMozart: Haydn, Bach, Schubert, Verdi\n{}:"
+_DEFINITE = 5
+"""Words that an answer has at most, if it is to stay: how a longer one is put changes with anything."""
+_LIST = (
+    "Each line names things of one kind.\nApple: Pear, Cherry, Plum, Orange\nMozart: Haydn, Bach, Schubert, Verdi\n"
+    "The Nile: The Rhine, The Amazon, The Danube, The Volga\n{}:"
 )
-_STEMS = ("{} is known for", "Most people think of {} as", "A short description of {}:")
+_KIND = (
+    "Each line says what something is.\nApple: a fruit\nMozart: a composer\nThe Nile: a river\nToyota: a company\n"
+    "Hamlet: a play\n{}:"
+)
+_STEMS = (
+    _KIND,
+    "Each line says in one word what something has to do with.\nApple: food\nMozart: music\nThe Nile: water\n"
+    "Toyota: cars\nHamlet: theatre\n{}:",
+    "Each line says where something comes from.\nApple: Asia\nMozart: Austria\nThe Nile: Africa\nToyota: Japan\n"
+    "Hamlet: England\n{}:",
+)
 _OF = re.compile(
-    r"^(?:the|what (?:is|was) the|who (?:is|was) the) (?P<what>.+?) of \{\} ?(?P<verb>is|was|are|were)?\??$", re.I
+    r"^(?:the|(?P<lead>(?:what|who) (?:is|was)) the) (?P<what>.+?) of \{\} ?(?P<verb>is|was|are|were)?\??$", re.I
 )
 _ITS = re.compile(
-    r"^(?:what is |who is |what was |who was )?\{\}['’]s (?P<what>.+?) ?(?P<verb>is|was|are|were)?\??$", re.I
+    r"^(?:(?P<lead>(?:what|who) (?:is|was)) )?\{\}['’]s (?P<what>.+?) ?(?P<verb>is|was|are|were)?\??$", re.I
 )
 _LEADS = frozenset({"The", "A", "An", "In", "On", "At", "By", "Its", "One"})
 
@@ -52,11 +65,12 @@ class Proposal:
 def propose(lm: BaseLM, edits: Sequence[Edit], progress: Progress = silent) -> Proposal:
     """Give edits that have no rephrases, or no locality, some; what the user wrote is never added to.
 
-    The model is asked, as it stands, what else is of a subject's kind. An erased fact and a manner of speaking get no other
-    wordings: how these are asked for is part of the edit.
+    The model is asked, as it stands, what else is of a subject's kind, and what it holds for sure of the subject. An erased
+    fact and a manner of speaking get no other wordings: how these are asked for is part of the edit. What one edit changes is
+    nothing that must stay for another of the same batch: neither their prompts nor their subjects are proposed as locality.
     """
-    bare = [edit for edit in edits if not edit.locality and edit.subject]
-    listed = dict(zip((edit.id for edit in bare), _neighbours(lm, bare, progress), strict=True))
+    bare = [edit for edit in edits if not edit.locality]
+    groups = dict(zip((edit.id for edit in bare), _locality(lm, bare, edits, progress), strict=True))
     found: list[Edit] = []
     added: set[tuple[str, str]] = set()
     for edit in edits:
@@ -64,10 +78,9 @@ def propose(lm: BaseLM, edits: Sequence[Edit], progress: Progress = silent) -> P
         if not edit.rephrases and edit.kind in {"insert", "modify"}:
             more["rephrases"] = rewordings(edit)
             added |= {(edit.id, text) for text in rewordings(edit)}
-        if not edit.locality:
-            groups = _locality(edit, listed.get(edit.id, ()))
-            more["locality"] = groups
-            added |= {(edit.id, probe.prompt) for group in groups.values() for probe in group}
+        if edit.id in groups:
+            more["locality"] = groups[edit.id]
+            added |= {(edit.id, probe.prompt) for group in groups[edit.id].values() for probe in group}
         found.append(edit.model_copy(update=more))
     return Proposal(tuple(found), frozenset(added))
 
@@ -88,13 +101,11 @@ def _turned(edit: Edit) -> list[str]:
     pattern, subject = edit.prompt.replace(edit.subject, "{}", 1), edit.subject
     asks = edit.prompt.endswith("?")
     if found := _OF.match(pattern):
-        verb = found["verb"] or "is"
-        return [f"What {verb} {subject}'s {found['what']}?" if asks else f"{subject}'s {found['what']} {verb}"]
+        verb, lead = found["verb"] or "is", (found["lead"] or "what is").capitalize()
+        return [f"{lead} {subject}'s {found['what']}?" if asks else f"{subject}'s {found['what']} {verb}"]
     if found := _ITS.match(pattern):
-        verb = found["verb"] or "is"
-        return [
-            f"What {verb} the {found['what']} of {subject}?" if asks else f"The {found['what']} of {subject} {verb}"
-        ]
+        verb, lead = found["verb"] or "is", (found["lead"] or "what is").capitalize()
+        return [f"{lead} the {found['what']} of {subject}?" if asks else f"The {found['what']} of {subject} {verb}"]
     return []
 
 
@@ -106,35 +117,91 @@ def _framed(prompt: str) -> list[str]:
     return [f"It is well known that {inside}", f"Here is a fact. {prompt}", f"As everybody can read, {inside}"]
 
 
-def _locality(edit: Edit, neighbours: Sequence[str]) -> dict[str, tuple[Probe, ...]]:
-    groups: dict[str, tuple[Probe, ...]] = {}
-    if edit.subject:
-        prompts = [edit.prompt.replace(edit.subject, other) for other in neighbours]
-        groups[NEIGHBOURS] = tuple(Probe(prompt=prompt) for prompt in prompts)
-        groups[SAME_SUBJECT] = tuple(Probe(prompt=stem.format(edit.subject)) for stem in _STEMS)
-    general = [p for p in guard_questions() if not contains(p.prompt, (edit.subject or edit.target,))]
-    groups[GENERAL] = tuple(Probe(prompt=p.prompt) for p in general[:_MOST])
-    return {kind: group for kind, group in groups.items() if group}
+def _locality(
+    lm: BaseLM, bare: Sequence[Edit], batch: Sequence[Edit], progress: Progress
+) -> list[dict[str, tuple[Probe, ...]]]:
+    """For each bare edit, prompts whose answers must stay, by kind."""
+    changed = {normalise(text) for edit in batch for text in (edit.prompt, *edit.rephrases)}
+    names = tuple({edit.subject or edit.target for edit in batch})
+    spared = [probe.prompt for probe in guard_questions() if not contains(probe.prompt, names)]
+    # Neighbours in the file are alike.
+    general = [*spared[:: len(spared) // _MOST or 1], *spared]
+    about = [edit for edit in bare if edit.subject]
+    neighbours = dict(zip((edit.id for edit in about), _neighbours(lm, about, names, progress), strict=True))
+    known = dict(zip((edit.id for edit in about), _known(lm, about, progress), strict=True))
+    groups = []
+    for edit in bare:
+        alike = [edit.prompt.replace(edit.subject, other) for other in neighbours.get(edit.id, ()) if edit.subject]
+        own = {NEIGHBOURS: alike, SAME_SUBJECT: known.get(edit.id, ()), GENERAL: general}
+        kept = {kind: [text for text in texts if normalise(text) not in changed] for kind, texts in own.items()}
+        groups.append(
+            {
+                kind: tuple(Probe(prompt=text) for text in dict.fromkeys(texts))[:_MOST]
+                for kind, texts in kept.items()
+                if texts
+            }
+        )
+    return groups
 
 
-def _neighbours(lm: BaseLM, edits: Sequence[Edit], progress: Progress) -> list[tuple[str, ...]]:
-    """Of each subject, others of its kind: as the model lists them, and where that gives too few, from the sample."""
-    if not edits:
+def _known(lm: BaseLM, edits: Sequence[Edit], progress: Progress) -> list[list[str]]:
+    """For each edit, questions about its subject to which the model gives a definite answer that is not the fact itself."""
+    prompts = [stem.format(edit.subject) for edit in edits for stem in _STEMS]
+    said = iter(_answers(lm, prompts, progress))
+    told = [[(stem.format(edit.subject), next(said)) for stem in _STEMS] for edit in edits]
+    return [
+        [
+            prompt
+            for prompt, answer in own
+            if 0 < len(normalise(answer).split()) <= _DEFINITE
+            and not contains(answer, (str(edit.subject), edit.target, *edit.ground_truth))
+        ]
+        for edit, own in zip(edits, told, strict=True)
+    ]
+
+
+def _neighbours(lm: BaseLM, edits: Sequence[Edit], taken: Sequence[str], progress: Progress) -> list[tuple[str, ...]]:
+    """For each edit, others of its subject's kind: those of which the sample asks the same, then those the model lists.
+
+    Of the latter, those that it calls by the same name as the subject, such as "a country".
+    """
+    asked_alike: dict[str, list[str]] = {}
+    for each in read("sample").edits:
+        asked_alike.setdefault(_relation(each), []).append(each.subject or "")
+    lists = _answers(lm, [_LIST.format(edit.subject) for edit in edits], progress)
+    listed = [_names(text.split(","), edit, taken) for edit, text in zip(edits, lists, strict=True)]
+    subjects = list(dict.fromkeys([*(str(edit.subject) for edit in edits), *(n for names in listed for n in names)]))
+    kinds = dict(zip(subjects, map(normalise, _answers(lm, map(_KIND.format, subjects), progress)), strict=True))
+    found = []
+    for edit, names in zip(edits, listed, strict=True):
+        alike = [name for name in names if kinds[name] == kinds[str(edit.subject)]]
+        found.append(_names([*asked_alike.get(_relation(edit), ()), *alike], edit, taken)[:_MOST])
+    return found
+
+
+def _answers(lm: BaseLM, prompts: Iterable[str], progress: Progress) -> list[str]:
+    asked = list(prompts)
+    if not asked:
         return []
     progress("Proposing probes", 0, 1)
-    said = lm.answer([_LISTS.format(edit.subject) for edit in edits], max_new=40)
+    said = lm.answer(asked, max_new=40)
     progress("Proposing probes", 1, 1)
-    spare = [each.subject for each in read("sample").edits if each.subject]
-    return [_names([*text.split(","), *spare], str(edit.subject), edit) for text, edit in zip(said, edits, strict=True)]
+    return said
 
 
-def _names(candidates: Collection[str], subject: str, edit: Edit) -> tuple[str, ...]:
-    """Those that may be names: short, of the subject's case, and neither the subject nor the answer."""
+def _relation(edit: Edit) -> str:
+    """The prompt without its subject."""
+    return normalise(edit.prompt.replace(edit.subject, " ")) if edit.subject else ""
+
+
+def _names(candidates: Iterable[str], edit: Edit, taken: Sequence[str]) -> tuple[str, ...]:
+    """Those that may be names: short, of the subject's case, and neither a subject of the batch nor the answer."""
+    subject = str(edit.subject)
     found: dict[str, str] = {}
     for each in candidates:
         name = each.strip(" .\"'")
         words = name.split()
         fits = 0 < len(words) <= max(3, len(subject.split())) and name[:1].isupper() == subject[:1].isupper()
-        if fits and not contains(name, (subject, edit.target)) and not contains(subject, (name,)):
+        if fits and not contains(name, (*taken, edit.target)) and not contains(subject, (name,)):
             found.setdefault(normalise(name), name)
-    return tuple(name for key, name in found.items() if key)[:_MOST]
+    return tuple(name for key, name in found.items() if key)

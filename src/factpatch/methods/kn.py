@@ -63,7 +63,7 @@ class Kn(Method[KnConfig]):
         patch=WeightPatch,
         kinds=frozenset({"insert", "modify", "erase"}),
         needs="MLP output projection",
-        effort=40,
+        effort=230,
     )
     presets = (
         Preset((30, 576), {"threshold": 0.1, "amplify": 1.0}, "SmolLM2-135M, measured: docs/results/tuning/kn.md"),

@@ -93,7 +93,7 @@ class Lora(_Adapter):
         patch=AdapterPatch,
         joint=True,
         needs="attention projections; the extra adapters",
-        effort=120,
+        effort=35,
     )
     presets = (
         Preset(
@@ -112,7 +112,7 @@ class Dora(_Adapter):
     """DoRA: LoRA on the direction of each row of W, with the rows' lengths trained beside it."""
 
     name = "dora"
-    traits = replace(Lora.traits, paper="Liu et al. 2024, arXiv 2402.09353")
+    traits = replace(Lora.traits, paper="Liu et al. 2024, arXiv 2402.09353", effort=40)
     presets = (
         Preset(
             (30, 576),
@@ -130,7 +130,7 @@ class AdaLora(_Adapter):
     """AdaLoRA: `W' = W + P Λ Q` whose singular values compete, the weakest being masked as training goes on."""
 
     name = "adalora"
-    traits = replace(Lora.traits, paper="Zhang et al. 2023, arXiv 2303.10512")
+    traits = replace(Lora.traits, paper="Zhang et al. 2023, arXiv 2303.10512", effort=50)
     presets = (
         Preset(
             (30, 576),

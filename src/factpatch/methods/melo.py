@@ -60,7 +60,7 @@ class Melo(Method[MeloConfig]):
         paper="Yu et al. 2024, arXiv 2312.11795",
         patch=SlicePatch,
         needs="MLP output projection",
-        effort=70,
+        effort=7,
     )
     presets = (Preset((30, 576), {"layer": 20}, "SmolLM2-135M, measured: docs/results/tuning/melo.md"),)
 

@@ -63,7 +63,7 @@ class TPatcher(Method[TPatcherConfig]):
         paper="Huang et al. 2023, arXiv 2301.09785",
         patch=NeuronPatch,
         needs="MLP projections",
-        effort=65,
+        effort=110,
     )
     presets = (Preset((30, 576), {"layer": 20}, "SmolLM2-135M, measured: docs/results/tuning/t-patcher.md"),)
 

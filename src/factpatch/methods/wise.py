@@ -69,7 +69,7 @@ class Wise(Method[WiseConfig]):
         paper="Wang et al. 2024, arXiv 2405.14768",
         patch=SidePatch,
         needs="MLP output projection",
-        effort=90,
+        effort=250,
     )
     presets = (Preset((30, 576), {"lr": 10.0}, "SmolLM2-135M, measured: docs/results/tuning/wise.md"),)
 

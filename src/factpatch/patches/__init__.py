@@ -3,7 +3,7 @@
 from factpatch.patches.base import Patch, Provenance
 from factpatch.patches.context import ContextPatch, Note, Recall
 from factpatch.patches.delta import Dense, LowRank, Sparse
-from factpatch.patches.merge import merge
+from factpatch.patches.merge import check_mergeable, merge
 from factpatch.patches.weight import WeightPatch
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "Recall",
     "Sparse",
     "WeightPatch",
+    "check_mergeable",
     "merge",
 ]

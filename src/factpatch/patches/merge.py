@@ -28,10 +28,18 @@ def check_mergeable(patches: Sequence[Attachable]) -> None:
             )
 
 
-def merge(lm: LM, patches: Sequence[Patch], folder: str | Path, more: Mapping[str, str] | None = None) -> Path:
+def merge(
+    lm: LM,
+    patches: Sequence[Patch],
+    folder: str | Path,
+    more: Mapping[str, str] | None = None,
+    *,
+    shard_size: str = "50GB",
+) -> Path:
     """Write `lm`, what lies on it included, with `patches` laid on in order, as a Hugging Face checkpoint with tokenizer.
 
-    more  further text files for the folder, by name
+    more        further text files for the folder, by name
+    shard_size  most bytes of one file of weights, as transformers reads it, such as `2GB`
 
     Raises PatchError for a patch that is more than a change of weights, WrongBase, and OutputError; then nothing is
     written. The model in hand is left as it was.
@@ -39,7 +47,7 @@ def merge(lm: LM, patches: Sequence[Patch], folder: str | Path, more: Mapping[st
     check_mergeable([*lm.patches, *patches])
     folder = Path(folder)
     with whole_folder(folder) as draft, lm.patched(*patches):
-        lm.model.save_pretrained(draft)
+        lm.model.save_pretrained(draft, max_shard_size=shard_size)
         lm.tokenizer.save_pretrained(draft)
         for name, text in (more or {}).items():
             (draft / name).write_text(text, encoding="utf-8")

@@ -37,7 +37,9 @@ def as_json(audit: Audit) -> str:
         "clear": list(audit.clear),
         "recall": audit.table(),
     }
-    return json.dumps(told | audit.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    # Infinite numbers become strings only where pydantic itself writes the text.
+    own = json.loads(audit.model_dump_json())
+    return json.dumps(told | own, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def as_markdown(audit: Audit) -> str:

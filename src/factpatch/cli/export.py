@@ -1,0 +1,180 @@
+"""`factpatch export`: a patched model for other tools, verified with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.table import Table
+
+from factpatch.cli.terminal import DeviceOption, DTypeOption, JsonOption, ModelOption, line, out, print_json, progress
+from factpatch.errors import BadConfig
+
+if TYPE_CHECKING:
+    from factpatch.export import Shortened, Verified
+    from factpatch.lm import LM
+    from factpatch.patches import Patch
+    from factpatch.progress import Progress
+
+EXAMPLES = """
+[bold]Examples[/bold]
+
+  factpatch export checkpoint --patch lyon --out lyon-model
+  factpatch export adapter --patch lyon --patch porto --out lyon-adapter
+  factpatch export adapter --patch facts --rank 4 --out facts-adapter
+  factpatch export gguf --patch lyon --out lyon.gguf
+  factpatch export gguf --model my-model --template my-model.gguf --patch lyon --everything --type f16 --out lyon.gguf
+"""
+
+app = typer.Typer(
+    help="Write a patched model for transformers, PEFT or llama.cpp, and ask it there.", no_args_is_help=True
+)
+
+PatchOption = Annotated[list[Path], typer.Option("--patch", help="Patch folder; may be repeated, in order.")]
+VerifyOption = Annotated[bool, typer.Option(help="Load what was written with the tool it is for, and compare answers.")]
+
+
+@app.command(epilog=EXAMPLES)
+def checkpoint(
+    patch: PatchOption,
+    output: Annotated[Path, typer.Option("--out", help="New folder.")],
+    model: ModelOption = "smollm2-135m",
+    shard_size: Annotated[str, typer.Option(help="Most bytes of one file.")] = "5GB",
+    verify: VerifyOption = True,
+    dtype: DTypeOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Merge patches into a Hugging Face checkpoint with tokenizer, generation config and model card.
+
+    Exits with 1 if transformers, having loaded it, answers an edit's probes otherwise than the patched model does.
+    """
+    from factpatch.export import export_checkpoint, verify_checkpoint
+    from factpatch.files import check_output
+
+    check_output(output)
+    with progress() as report:
+        lm, patches = _loaded(model, patch, dtype, device, report)
+        export_checkpoint(lm, patches, output, shard_size=shard_size)
+        checked = verify_checkpoint(lm, patches, output, report) if verify else None
+    _tell(output, checked, as_json=as_json)
+
+
+@app.command(epilog=EXAMPLES)
+def adapter(
+    patch: PatchOption,
+    output: Annotated[Path, typer.Option("--out", help="New folder.")],
+    model: ModelOption = "smollm2-135m",
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Most that a matrix may have; default: what it takes.")
+    ] = None,
+    verify: VerifyOption = True,
+    dtype: DTypeOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write patches as one PEFT adapter: exactly, or cut to --rank with the error of each matrix told.
+
+    Exits with 1 if PEFT, having loaded it, answers an edit's probes otherwise than the patched model does.
+    """
+    from factpatch.export import export_adapter, verify_adapter
+    from factpatch.files import check_output
+
+    check_output(output)
+    with progress() as report:
+        lm, patches = _loaded(model, patch, dtype, device, report)
+        _, told = export_adapter(lm, patches, output, rank)
+        checked = verify_adapter(lm, patches, output, report) if verify else None
+    _tell(output, checked, told, as_json=as_json)
+
+
+@app.command(epilog=EXAMPLES)
+def gguf(
+    patch: PatchOption,
+    output: Annotated[Path, typer.Option("--out", help="New .gguf file.")],
+    model: ModelOption = "smollm2-135m",
+    template: Annotated[
+        Path | None, typer.Option(help="GGUF file of the unpatched model; a short name's is fetched again by itself.")
+    ] = None,
+    number_type: Annotated[
+        Literal["f32", "f16", "bf16"], typer.Option("--type", help="Of the tensors that are written anew.")
+    ] = "f32",
+    everything: Annotated[
+        bool, typer.Option("--everything", help="Write all matrices anew; default: those that the patches change.")
+    ] = False,
+    verify: VerifyOption = True,
+    dtype: DTypeOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the patched model as a GGUF file: the base's own, with the changed tensors in place of the old ones.
+
+    Tensors that are kept are as they were, quantised ones too; llama.cpp rounds activations where it multiplies by those, so
+    that a few answers may differ from transformers' without the patch being at fault (--everything tells). Exits with 1 if an
+    edit's probe is answered otherwise than by the patched model here.
+    """
+    from factpatch.export import export_gguf, verify_gguf
+    from factpatch.files import refuse_taken
+
+    refuse_taken(output)
+    with progress() as report:
+        lm, patches = _loaded(model, patch, dtype, device, report)
+        base = template or _own_gguf(model, report)
+        export_gguf(lm, patches, output, base, number=number_type, everything=everything, progress=report)
+        checked = verify_gguf(lm, patches, output, report) if verify else None
+    _tell(output, checked, as_json=as_json)
+
+
+def _loaded(
+    model: str, folders: list[Path], dtype: Any, device: str | None, report: Progress
+) -> tuple[LM, list[Patch]]:
+    from factpatch.lm import load
+    from factpatch.patches import Patch
+
+    patches = [Patch.load(folder) for folder in folders]
+    return load(model, dtype=dtype, device=device, progress=report), patches
+
+
+def _own_gguf(model: str, report: Progress) -> Path:
+    from factpatch.lm.catalog import CATALOG
+    from factpatch.lm.fetch import original_gguf
+
+    if model in CATALOG:
+        return original_gguf(CATALOG[model], report)
+    if model.endswith(".gguf"):
+        return Path(model)
+    raise BadConfig(
+        f"{model}: there is no GGUF file of it to start from.\n  Name one of the unpatched model: --template base.gguf"
+    )
+
+
+def _tell(output: Path, checked: Verified | None, told: tuple[Shortened, ...] = (), *, as_json: bool) -> None:
+    if as_json:
+        ranks = [{"parameter": t.parameter, "rank": t.rank, "kept": t.kept, "error": t.error} for t in told]
+        found = checked and checked.model_dump(mode="json") | {"holds": checked.holds}
+        print_json({"written": str(output), "verified": found} | ({"ranks": ranks} if told else {}))
+    else:
+        for each in told:
+            cut = (
+                f" of {each.rank}, {each.error:.2%} of the change is left out" if each.kept < each.rank else ", exactly"
+            )
+            line(f"  {each.parameter}: rank {each.kept}{cut}")
+        line("Written: ", (str(output), "bold"))
+        if checked is not None:
+            _show(checked)
+    if checked is not None and not checked.holds:
+        raise typer.Exit(1)
+
+
+def _show(checked: Verified) -> None:
+    same = f"{len(checked.answers) - len(checked.differing)} of {len(checked.answers)}"
+    style = "green" if checked.holds else "red"
+    line((f"{checked.tool} {checked.version} answers {same} probes as the patched model does", style))
+    if checked.differing:
+        table = Table(header_style="bold", box=None, pad_edge=False)
+        for name in ("asked", "patched model", checked.tool):
+            table.add_column(name)
+        for answer in checked.differing[:10]:
+            table.add_row(answer.prompt, answer.patched, answer.exported)
+        out.print(table)

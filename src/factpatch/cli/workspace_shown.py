@@ -1,0 +1,73 @@
+"""What the workspace's commands share: an option, and how entries, conflicts and losses are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from factpatch.cli.gating import show_attempts, show_judgement
+from factpatch.cli.terminal import line
+
+if TYPE_CHECKING:
+    from factpatch.workspace import Conflict, Entry, Outcome, Regression
+
+__all__ = ["WorkspaceOption", "action_line", "outcome_json", "show_conflicts", "show_outcome", "show_regressions"]
+
+WorkspaceOption = Annotated[Path, typer.Option("--workspace", "-C", help="The workspace's folder; default: this one.")]
+
+
+def action_line(entry: Entry) -> tuple[str | tuple[str, str], ...]:
+    """An entry's first line."""
+    what = entry.action if entry.reverts is None else f"{entry.action} of entry {entry.reverts}"
+    patch = f"  {entry.patch}" if entry.patch else ""
+    return (
+        f"{entry.number:>4}  ",
+        (what, "bold"),
+        patch,
+        (f"  {entry.author}, {entry.time}  {entry.hash[:12]}", "dim"),
+    )
+
+
+def show_conflicts(conflicts: Sequence[Conflict]) -> None:
+    """Each in a line."""
+    for each in conflicts:
+        line(("! ", "red" if each.blocks else "yellow"), each.says)
+
+
+def show_regressions(regressions: Sequence[Regression], indent: str = "") -> None:
+    """Each in a line."""
+    for each in regressions:
+        line((f"{indent}lost  ", "red"), each.says)
+
+
+def show_outcome(outcome: Outcome) -> None:
+    """What stood in the way or came of it, but for what was done."""
+    if outcome.choice is not None:
+        if len(outcome.choice.attempts) > 1:
+            show_attempts(outcome.choice)
+        if outcome.choice.judgement is not None:
+            show_judgement(outcome.choice.judgement)
+    if outcome.judgement is not None:
+        line(("The stack has changed since; asked again:", "bold"))
+        show_judgement(outcome.judgement)
+    show_conflicts(outcome.conflicts)
+    show_regressions(outcome.regressions)
+
+
+def outcome_json(outcome: Outcome) -> dict[str, Any]:
+    """JSON-ready."""
+    judgement = outcome.judgement or (outcome.choice and outcome.choice.judgement)
+    attempts = outcome.choice.attempts if outcome.choice else ()
+    return {
+        "done": outcome.done,
+        "refused": outcome.refused,
+        "proposal": outcome.proposal and outcome.proposal.model_dump(mode="json", exclude={"judgement"}),
+        "entry": outcome.entry and outcome.entry.to_json(),
+        "judgement": judgement and judgement.to_json(),
+        "attempts": [{"method": each.method, "passed": each.passed, "says": each.says} for each in attempts],
+        "conflicts": [each.model_dump(mode="json") | {"says": each.says} for each in outcome.conflicts],
+        "regressions": [each.model_dump(mode="json") for each in outcome.regressions],
+    }
