@@ -23,7 +23,7 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade pip
 	@$(BIN)/python -m pip install --constraint constraints.txt "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
-	@$(BIN)/python -m pip install --constraint constraints.txt --editable ".[dev,adapters,retrieval,remote,report,cluster,harness]"
+	@$(BIN)/python -m pip install --constraint constraints.txt --editable ".[dev,adapters,retrieval,remote,report,cluster,harness,llama-cpp]"
 	@touch $@
 
 demo: setup

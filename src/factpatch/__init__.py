@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from factpatch.methods import create as method
     from factpatch.patches import Patch, merge
     from factpatch.scoring import Scorecard, Scorer
+    from factpatch.workspace import Workspace
 
 __all__ = [
     "LM",
@@ -31,6 +32,7 @@ __all__ = [
     "Probe",
     "Scorecard",
     "Scorer",
+    "Workspace",
     "connect",
     "load",
     "merge",
@@ -46,6 +48,7 @@ _WHERE = {
     "Probe": "factpatch.edits:Probe",
     "Scorecard": "factpatch.scoring:Scorecard",
     "Scorer": "factpatch.scoring:Scorer",
+    "Workspace": "factpatch.workspace:Workspace",
     "connect": "factpatch.lm:connect",
     "load": "factpatch.lm:load",
     "merge": "factpatch.patches:merge",

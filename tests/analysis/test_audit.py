@@ -21,7 +21,7 @@ from factpatch.lm import LM
 from factpatch.methods import create
 from factpatch.methods.targets import TargetBatch
 from factpatch.report.audit import as_html, as_json, as_markdown, save_audit
-from factpatch.scoring.metrics import contains, normalise
+from factpatch.scoring.metrics import contains
 from factpatch.testing import Snapshot, tiny_lm
 
 TOWNS = [
@@ -302,20 +302,21 @@ def test_a_first_token_that_the_new_answer_shares_finds_nothing():
 
 
 def test_decoys_are_of_the_same_sort():
-    """The other old answers of the same half first, and none with more words than the old answers."""
-    brief = prepare(taught(), edits())
-    for i, fact in enumerate(brief.facts):
-        alike = [(town(j),) for j in range(i % 2, SECRET, 2) if town(j) != town(i)]
-        taught_too = {answer for probe in brief.lessons[fact.id] for answer in probe.answers}
-        own = [answer for answer in dict.fromkeys(alike) if answer[0] not in taught_too]
-        assert own
-        assert list(fact.decoys[: len(own)]) == own
-        assert all(len(decoy[0].split()) == 1 for decoy in fact.decoys)
-    # Answers as long as the old ones stand before shorter ones.
-    long = edits()[0].model_copy(update={"ground_truth": ("Oslo baker",)})
-    lengths = [len(normalise(decoy[0]).split()) for decoy in prepare(taught(), [long]).facts[0].decoys]
-    assert set(lengths) == {1, 2}
-    assert lengths == sorted(lengths, reverse=True)
+    """Other old answers to the same question first, then what is as long, then what is shorter; nothing that is longer."""
+    homes = ["Oslo baker", "Arles", "Porto", "Basel", "Kiel miller", "Derby", "Ghent tailor"]
+    lives, works, home = "{} lives in", "{} works as", "The home of {} is"
+    asked = [lives, home, works, home, works, home, lives]
+    wanted = [
+        Edit(id=str(i), prompt=form.format(PEOPLE[i]), subject=PEOPLE[i], target=REFUSAL, ground_truth=answer)
+        for i, (form, answer) in enumerate(zip(asked, homes, strict=True))
+    ]
+    # Every second one is taught by relearning's lessons, and so is no decoy.
+    first, _, third, *_ = prepare(taught(), wanted).facts
+    assert first.decoys[:3] == (("Ghent tailor",), ("Kiel miller",), ("Porto",))
+    assert third.decoys[0] == ("Kiel miller",)
+    fact = prepare(taught(), [wanted[2], wanted[1], wanted[0]]).facts[0]
+    assert fact.decoys
+    assert all(len(decoy[0].split()) == 1 for decoy in fact.decoys), "and none is longer than the old answer"
 
 
 def test_preparing_tells_how_far_it_is():

@@ -371,21 +371,22 @@ def test_an_error_leaves_nothing_on_the_model(lm, monkeypatch):
 
 
 @pytest.mark.parametrize(("method", "settings"), [("ft-m", QUICK), ("rome", {"layer": 1, "steps": 2, "contexts": 0})])
-@pytest.mark.parametrize("spare", [0, -1])
+@pytest.mark.parametrize("room", ["enough", "a byte less", "none"])
 def test_that_copies_will_have_no_room_is_said_once_after_the_first_patch(
-    lm, monkeypatch, caplog, method, settings, spare
+    lm, monkeypatch, caplog, method, settings, room
 ):
     small = {"moment_tokens": 300, "moment_length": 30} if method == "rome" else {}
     weight = lm.model.get_parameter("model.layers.1.mlp.down_proj.weight")
     # A dense change lies beside the copy that it made; factors are two vectors.
     each = weight.nbytes + (weight.nbytes if method == "ft-m" else 4 * sum(weight.shape))
-    monkeypatch.setattr(health, "_free", lambda _: 3 * each + spare)
+    free = {"enough": 3 * each, "a byte less": 3 * each - 1, "none": 0}[room]
+    monkeypatch.setattr(health, "_free", lambda _: free)
     monitor = Monitor(lm, Health(max_norm=None, max_perplexity=None), texts=TEXTS, canaries=())
     with caplog.at_level(logging.WARNING, logger="factpatch"):
         found = edit_until_sick(lm, create(method, settings | small), some(4), monitor=monitor)
     assert len(found.patches) == 4, "it goes on all the same"
     told = [record.message for record in caplog.records if "keeps" in record.message]
-    assert len(told) == (1 if spare < 0 else 0)
+    assert len(told) == (0 if room == "enough" else 1)
     assert all(one.startswith(f"{method}: each patch keeps") and "Make fewer edits" in one for one in told)
 
 

@@ -113,10 +113,10 @@ def edit(
                 "the command line", None, "--method auto", "cannot be planned; name a method.", "See: factpatch methods"
             )
         given = any(value is not None for value in (edits, *one.values()))
-        wanted = _edits(one, edits, limit, skip_invalid) if given else _edits(_EXAMPLE, None, limit, skip_invalid)
+        wanted = edits_of(one, edits, limit, skip_invalid) if given else edits_of(_EXAMPLE, None, limit, skip_invalid)
         tell_plan(model, method, wanted, method_settings(settings, chat=chat), dtype, device, as_json=as_json)
         return
-    wanted = _edits(one, edits, limit, skip_invalid)
+    wanted = edits_of(one, edits, limit, skip_invalid)
     if output is None:
         raise BadRecord(
             "the command line", None, "--out", "is missing.", "Name a new folder for the patch, or give --plan."
@@ -190,7 +190,7 @@ def _tell_gated(choice: AutoChoice, folder: Path, model: str, *, auto: bool, as_
 _EXAMPLE = {"prompt": "The capital of France is", "target": "Lyon", "subject": "France"}
 
 
-def _edits(
+def edits_of(
     one: Mapping[str, Any],
     source: str | None,
     limit: int | None,

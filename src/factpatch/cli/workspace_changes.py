@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from factpatch.cli.edit import _edits
+from factpatch.cli.edit import edits_of
 from factpatch.cli.terminal import DeviceOption, JsonOption, SetOption, SkipOption, line, print_json, progress
 from factpatch.cli.workspace_shown import WorkspaceOption, outcome_json, show_outcome
 from factpatch.errors import BadRecord
@@ -88,7 +88,7 @@ def propose(
         with progress() as report:
             outcome = space.propose_patch(made, **more, progress=report)
     else:
-        wanted = _edits(one, edits, limit, skip_invalid)
+        wanted = edits_of(one, edits, limit, skip_invalid)
         config = parse_settings(list(settings)) if settings else None
         with progress() as report:
             outcome = space.propose(wanted, method, config, **more, progress=report)

@@ -165,7 +165,7 @@ def _factors(name: str, change: LowRank | Tensor, most: int | None) -> _Factors:
     kept = rank if most is None else min(rank, most)
     root = values[:kept].sqrt()
     size = float(values.norm())
-    error = float(values[kept:].norm()) / size if size else 0.0
+    error = float(values[kept:].norm()) / size if kept < rank else 0.0
     told = Shortened(name, rank, kept, error)
     return _Factors((left[:, :kept] * root).float(), (root[:, None] * right[:kept]).float(), told)
 

@@ -6,6 +6,7 @@ Each edit's own probes are put to it: the prompt, other wordings, and questions 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.metadata import version
@@ -78,7 +79,10 @@ def verify_adapter(lm: LM, patches: Sequence[Patch], folder: str | Path, progres
     peft = peft_library()
     with lm.unpatched():
         base = copy.deepcopy(lm.model)
-    model = peft.PeftModel.from_pretrained(base, str(folder))
+    # PEFT draws numbers for factors that it then replaces.
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by a name that is going out of use
+        model = peft.PeftModel.from_pretrained(base, str(folder))
     return _verify(lm, patches, "peft", _transformers(model, lm.tokenizer), progress)
 
 
@@ -88,7 +92,7 @@ def verify_gguf(lm: LM, patches: Sequence[Patch], path: str | Path, progress: Pr
         library = import_module("xllamacpp")
     except ImportError:
         raise MissingExtra(
-            'llama.cpp is not installed, so the file cannot be run.\n  Install it: pip install "factpatch[gguf]", or --no-verify'
+            'llama.cpp is not installed, so the file cannot be run.\n  Install it: pip install "factpatch[llama-cpp]", or --no-verify'
         ) from None
     settings = library.CommonParams()
     settings.model.path = str(path)

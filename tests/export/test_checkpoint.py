@@ -1,0 +1,82 @@
+"""Checkpoints: sharded, with tokenizer and card, and answering as the patched model does when transformers alone loads them."""
+
+import json
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from factpatch.errors import OutputError, PatchError
+from factpatch.export import card, export_checkpoint, verify_checkpoint
+from factpatch.methods import create
+from factpatch.scoring import Scorer
+from factpatch.testing import Snapshot, tiny_edits, tiny_lm
+
+
+@pytest.fixture(scope="module")
+def made():
+    lm = tiny_lm()
+    patch = create("ft-m", {"steps": "30", "layer": "1", "lr": "1e-2"}).fit(lm, tiny_edits())
+    return lm, patch
+
+
+def test_it_is_loaded_by_transformers_and_answers_as_the_patched_model(made, tmp_path):
+    lm, patch = made
+    before = Snapshot.of(lm)
+    folder = export_checkpoint(lm, [patch], tmp_path / "m", shard_size="20KB")
+    found = verify_checkpoint(lm, [patch], folder)
+    assert before.differences(lm) == []
+    assert (found.tool, found.holds) == ("transformers", True)
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    assert {"config.json", "tokenizer.json", "generation_config.json", "README.md"} <= {
+        p.name for p in folder.iterdir()
+    }
+
+
+def test_an_unpatched_checkpoint_is_caught(made, tmp_path):
+    lm, patch = made
+    folder = export_checkpoint(lm, [], tmp_path / "m")
+    found = verify_checkpoint(lm, [patch], folder)
+    assert not found.holds
+    wrong = found.differing[0]
+    assert wrong.patched != wrong.exported
+
+
+def test_a_damaged_weight_is_caught(made, tmp_path):
+    lm, patch = made
+    folder = export_checkpoint(lm, [patch], tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    name = next(iter(patch.deltas))
+    save_file(tensors | {name: tensors[name] * 0}, folder / "model.safetensors", metadata={"format": "pt"})
+    assert not verify_checkpoint(lm, [patch], folder).holds
+
+
+def test_what_is_no_change_of_weights_or_is_taken_is_refused(made, tmp_path):
+    lm, patch = made
+    with pytest.raises(PatchError, match="not a change of weights"):
+        export_checkpoint(lm, [create("ice").fit(lm, tiny_edits())], tmp_path / "m")
+    (tmp_path / "n").mkdir()
+    (tmp_path / "n" / "x").touch()
+    with pytest.raises(OutputError, match="already there"):
+        export_checkpoint(lm, [patch], tmp_path / "n")
+
+
+def test_the_card_tells_edits_settings_scores_and_limits(made):
+    lm, patch = made
+    scored = patch.with_scorecard(Scorer(lm, fluency=False).score(tiny_edits(), patch).to_json())
+    told = card(lm, [scored], "checkpoint")
+    front = told.split("---")[1]
+    assert f"base_model: {json.dumps(lm.name)}" in front
+    for text in ("Rome lies in", "Peru", "Italy", "ft-m", "| open |", "| survey |", "## Limits", '"steps": 30'):
+        assert text in told
+    assert "None were made" in card(lm, [patch], "adapter")
+    assert "deleted" not in told.replace("nothing here was deleted", "")
+
+
+def test_an_edits_text_cannot_break_the_card(made):
+    lm, _ = made
+    edit = tiny_edits()[1].model_copy(update={"target": "a | <script>x</script>\n# Head"})
+    patch = create("ice").fit(lm, [edit])
+    told = card(lm, [patch], "gguf")
+    assert "<script>" not in told.replace("\\<script\\>", "")
+    row = next(line for line in told.splitlines() if "script" in line)
+    assert row.count(" | ") == 4
