@@ -196,6 +196,7 @@ def edits_of(
     limit: int | None,
     skip_invalid: bool,
 ) -> tuple[Edit, ...]:
+    """The edits of a file, or the one that options tell of. Raises BadRecord where they contradict, or tell too little."""
     if source is not None:
         if any(value is not None for value in one.values()):
             problem = "takes the place of --prompt, --target and all that belongs to one edit; give one or the other."

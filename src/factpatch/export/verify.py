@@ -92,7 +92,8 @@ def verify_gguf(lm: LM, patches: Sequence[Patch], path: str | Path, progress: Pr
         library = import_module("xllamacpp")
     except ImportError:
         raise MissingExtra(
-            'llama.cpp is not installed, so the file cannot be run.\n  Install it: pip install "factpatch[llama-cpp]", or --no-verify'
+            "llama.cpp is not installed, so the file cannot be run.\n"
+            '  Install it: pip install "factpatch[llama-cpp]"; or leave it out: --no-verify'
         ) from None
     settings = library.CommonParams()
     settings.model.path = str(path)
