@@ -12,8 +12,8 @@ from factpatch.analysis.attacks import ATTACKS, find_attacks
 from factpatch.analysis.attacks.base import Attack, Candidate
 from factpatch.analysis.attacks.relearning import Relearning, Study
 from factpatch.analysis.audit import audit
-from factpatch.analysis.audit_facts import prepare
-from factpatch.analysis.audit_result import AttackInfo, Audit, Choice, Fact, Learnt, Trial, tail
+from factpatch.analysis.audit_facts import DECOYS, prepare
+from factpatch.analysis.audit_result import SHARE, AttackInfo, Audit, Choice, Fact, Learnt, Trial, tail
 from factpatch.analysis.audit_words import fact_verdict, headline, verdict
 from factpatch.edits import Edit
 from factpatch.errors import BadConfig
@@ -484,6 +484,7 @@ def test_chance_does_not_recover_and_a_clear_lead_does():
     most = made({"f": [[1] + [None] * 40, [None] * 41]}, decoys=40)
     assert most.recovered, "one of forty-one is more"
     assert not most.clear
+    assert tail(1, 1, 1 / (DECOYS + 1)) <= SHARE, "so that there are decoys enough for a single fact"
     every = made({name: [[4, 3, None, None, None], NONE] for name in "abcdefgh"})
     assert every.standing_out("after").facts == ()
     assert every.clear == ("a",), "found for all facts, and one decoy of four"
@@ -509,6 +510,7 @@ def test_only_the_canonical_spelling_is_held_against_decoys():
     spelt = type(every).model_validate(spelt.model_dump())
     assert spelt.recall("after").found == 8, "it is told"
     assert (spelt.recall("after").plain, spelt.recovered) == (0, False), "and proves nothing"
+    assert spelt.recall("after").p == 1
 
 
 def test_what_the_control_finds_too_is_not_recovered():
