@@ -63,7 +63,14 @@ class AdapterPatch(Patch):
                     f"the adapter changes {name}; {lm.name} has no such module.\n"
                     "  The patch's folder may be damaged; make it again with: factpatch edit"
                 )
-        changed = self.merged(lm.model)
+        try:
+            changed = self.merged(lm.model)
+        except (AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            told = str(error).strip().partition("\n")[0]
+            raise BadPatch(
+                f"PEFT cannot lay this adapter on {lm.name} ({told}).\n"
+                "  The patch's folder may be damaged; make it again with: factpatch edit"
+            ) from error
         kept = {name: parameters[name].data for name in changed}
         point(parameters, changed)
         return partial(point, parameters, kept)

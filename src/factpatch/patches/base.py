@@ -81,12 +81,14 @@ class Patch(ABC):
 
     needs_weights  it can only lie on a model whose weights are in hand, not on one behind an endpoint
     mergeable      all that it changes are weights, so that a plain checkpoint can hold it
+    whole          how names of tensors of whole numbers end, after the last dot; all others hold fractions
     """
 
     kind: ClassVar[str]
     tensor_file: ClassVar[str] = "patch.safetensors"
     needs_weights: ClassVar[bool] = True
     mergeable: ClassVar[bool] = False
+    whole: ClassVar[frozenset[str]] = frozenset()
     provenance: Provenance
 
     @abstractmethod

@@ -118,6 +118,13 @@ class Sparse:
         return torch.Size(self.size.tolist())
 
     @property
+    def fits(self) -> bool:
+        """Whether it is a matrix, with a value for each place, and every place in it."""
+        if len(self.size) != 2 or len(self.places) != len(self.values) or bool((self.size < 1).any()):
+            return False
+        return bool(((self.places >= 0) & (self.places < self.shape.numel())).all())
+
+    @property
     def T(self) -> Sparse:  # noqa: N802
         """The transpose."""
         return Sparse.of(self.full().T)
@@ -171,6 +178,11 @@ def deltas_of(tensors: Mapping[str, Tensor]) -> dict[str, Delta]:
                 "  The file is damaged; make the patch again with: factpatch edit"
             )
         deltas[name] = form(**parts)
+        if isinstance(own := deltas[name], Sparse) and not own.fits:
+            raise BadPatch(
+                f"patch.safetensors: {name} has entries outside of the matrix it tells of.\n"
+                "  The file is damaged; make the patch again with: factpatch edit"
+            )
     return deltas
 
 

@@ -79,7 +79,14 @@ def load_patch(folder: Path) -> Patch:
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise BadPatch(f"{path}: {name} holds values that are not finite.\n  {_AGAIN}")
-    patch = kind.from_parts(provenance, spec, tensors)
+        if tensor.is_floating_point() == (name.rpartition(".")[2] in kind.whole):
+            raise BadPatch(f"{path}: {name} is of type {tensor.dtype}, which it cannot be.\n  {_AGAIN}")
+    try:
+        patch = kind.from_parts(provenance, spec, tensors)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        # What is wrong with parts that fit neither one another nor their kind cannot be foreseen in full.
+        told = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise BadPatch(f"{folder}: its parts do not make a {kind.kind} patch ({told}).\n  {_AGAIN}") from None
     if patch.id != claimed:
         raise BadPatch(
             f"{folder / 'patch.json'}: was changed after it was written (id {claimed} is now {patch.id}).\n  {_AGAIN}"

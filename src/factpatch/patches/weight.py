@@ -32,6 +32,7 @@ class WeightPatch(Patch):
 
     kind: ClassVar[str] = "weight"
     mergeable: ClassVar[bool] = True
+    whole: ClassVar[frozenset[str]] = frozenset({"places", "size"})
     deltas: Mapping[str, Delta]
     state: Mapping[str, Tensor] = field(default_factory=dict)
 
