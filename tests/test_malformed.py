@@ -1,4 +1,4 @@
-"""Patches and files of edits damaged in a hundred ways each: all are refused with a clear error, none ends in anything else."""
+"""Patches and files of edits damaged in hundreds of ways: all are refused with a clear error, none ends in anything else."""
 
 import json
 import random
@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from factpatch.data import read
 from factpatch.errors import BadPatch, FactpatchError
 from factpatch.files import sha256_of
-from factpatch.methods import create
+from factpatch.methods import create, find
 from factpatch.patches import Patch
-from factpatch.testing import Snapshot, logits_of, tiny_edits, tiny_lm
+from factpatch.testing import Snapshot, logits_of, quick_settings, tiny_edits, tiny_lm
 
-METHODS = ("ft-m", "ice", "grace", "lora")
+METHODS = ("ft-m", "ice", "grace", "lora", "kn", "melo", "wise", "t-patcher")
 ODD = (
     None,
     True,
@@ -47,8 +47,9 @@ def lm():
 def saved(lm, tmp_path_factory):
     folder = tmp_path_factory.mktemp("patches")
     settings = {"ft-m": {"steps": 2, "layer": 1}, "grace": {"steps": 2}, "lora": {"steps": 2, "layers": (1,)}}
+    settings |= {name: quick_settings(find(name)) for name in METHODS if name not in settings}
     for name in METHODS:
-        create(name, settings.get(name)).fit(lm, tiny_edits()).save(folder / name)
+        create(name, settings.get(name)).fit(lm, tiny_edits()[:1]).save(folder / name)
     return folder
 
 
@@ -148,7 +149,7 @@ def test_no_malformed_patch_is_taken_or_ends_in_anything_but_a_clear_error(lm, s
     before, plain = Snapshot.of(lm), logits_of(lm, "Rome lies in")
     own = Patch.load(saved / method)
     refused = 0
-    for seed in range(100):
+    for seed in range(50):
         draw = random.Random(f"{method} {seed}")
         folder = tmp_path / str(seed)
         shutil.copytree(saved / method, folder)
@@ -171,7 +172,7 @@ def test_no_malformed_patch_is_taken_or_ends_in_anything_but_a_clear_error(lm, s
         assert before.differences(lm) == [], seed
         assert torch.equal(logits_of(lm, "Rome lies in"), plain)
         shutil.rmtree(folder)
-    assert refused > 50
+    assert refused > 25
 
 
 RECORDS = (

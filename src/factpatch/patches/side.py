@@ -52,6 +52,7 @@ class SidePatch(Patch):
     """
 
     kind: ClassVar[str] = "side"
+    whole: ClassVar[frozenset[str]] = frozenset({"places", "size"})
     site: str
     ratio: float
     merged: bool
