@@ -9,6 +9,7 @@ import typer
 
 from factpatch.cli import demo
 from factpatch.cli.app import app
+from factpatch.cli.terminal import print_json
 from factpatch.testing import tiny_lm
 from tests.cli.conftest import run
 
@@ -478,3 +479,11 @@ def test_the_demo_tells_scripts_what_it_saw(model, tmp_path):
     assert told["said"]["before"] == told["said"]["undone"] != told["said"]["patched"]
     assert told["patch"]["id"] == json.loads(run("patch", "show", tmp_path / "demo", "--json")[1])["id"]
     assert run("methods", "rome")[1], "people are told again"
+
+
+def test_numbers_that_json_does_not_have_are_texts(capsys):
+    print_json({"a": [float("inf"), -float("inf"), (float("nan"), 1.5)], "b": {"c": True, "d": None}})
+    assert json.loads(capsys.readouterr().out) == {
+        "a": ["Infinity", "-Infinity", ["NaN", 1.5]],
+        "b": {"c": True, "d": None},
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -93,8 +94,18 @@ def telling(wanted: bool) -> Iterator[None]:
 
 
 def print_json(value: Any) -> None:
-    """JSON on stdout and nothing else."""
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """JSON on stdout and nothing else; numbers that JSON does not have, such as a perplexity without bound, as texts."""
+    sys.stdout.write(json.dumps(_told(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _told(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _told(own) for key, own in value.items()}
+    if isinstance(value, list | tuple):
+        return [_told(own) for own in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
 
 
 @contextmanager
