@@ -141,7 +141,7 @@ def test_what_is_stored_is_read_where_nothing_can_be_written(cache, monkeypatch)
 
 
 def test_a_lock_that_cannot_be_made_is_refused_in_words(monkeypatch):
-    def denied(*_):
+    def denied(*_, **__):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("factpatch.files.FileLock.acquire", denied)

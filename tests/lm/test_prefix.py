@@ -3,6 +3,7 @@
 import functools
 import random
 from dataclasses import replace
+from itertools import combinations
 
 import pytest
 import torch
@@ -328,7 +329,7 @@ def test_prefixes_are_found_where_they_pay():
 BLOCK = 17
 
 
-@given(st.lists(st.lists(st.integers(0, 1), max_size=5), max_size=9), st.integers(0, 3))
+@given(st.lists(st.lists(st.integers(0, 1), max_size=5), max_size=6), st.integers(0, 3))
 def test_no_other_prefixes_gain_more(shapes, extra):
     texts = [tuple(b for b in shape for _ in range(BLOCK)) + (7,) * extra for shape in shapes]
     found = shared_prefixes(texts)
@@ -341,16 +342,17 @@ def test_no_other_prefixes_gain_more(shapes, extra):
 
 
 def most(texts):
-    """The most that any grouping gains, by trying for each text which neighbours to put it with."""
-    best = [0]
-    for end in range(1, len(texts) + 1):
-        ways = [best[-1]]
-        for start in range(end):
-            first, last = texts[start], texts[end - 1]
-            length = next(
-                (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last))
-            )
-            if length >= 16 and end - start > 1:
-                ways.append(best[start] + Shared(length, tuple(range(start, end))).gain)
-        best.append(max(ways))
-    return best[-1]
+    """The most that any grouping gains, by trying for each text all others to put it with."""
+    if len(texts) < 2:
+        return 0
+    first, *rest = texts
+    ways = [most(rest)]
+    for count in range(1, len(rest) + 1):
+        for chosen in combinations(range(len(rest)), count):
+            group = [first, *(rest[i] for i in chosen)]
+            unlike = (i for i, column in enumerate(zip(*group, strict=False)) if len(set(column)) > 1)
+            length = next(unlike, min(map(len, group)))
+            if length >= 16:
+                left = [text for i, text in enumerate(rest) if i not in chosen]
+                ways.append(Shared(length, tuple(range(len(group)))).gain + most(left))
+    return max(ways)

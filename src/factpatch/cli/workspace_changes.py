@@ -10,7 +10,7 @@ import typer
 from factpatch.cli.edit import edits_of
 from factpatch.cli.terminal import DeviceOption, JsonOption, SetOption, SkipOption, line, print_json, progress
 from factpatch.cli.workspace_shown import WorkspaceOption, outcome_json, show_outcome
-from factpatch.errors import BadRecord
+from factpatch.errors import BadConfig, BadRecord
 
 if TYPE_CHECKING:
     from factpatch.workspace import Outcome
@@ -103,13 +103,16 @@ def propose(
 ACCEPT = """
 [bold]Examples[/bold]
 
+  factpatch accept
   factpatch accept 3
   factpatch accept -C facts 3 --message "checked by hand" --json
 """
 
 
 def accept(
-    number: Annotated[int, typer.Argument(metavar="N", min=1, help="Number of the proposal.")],
+    number: Annotated[
+        int | None, typer.Argument(metavar="N", min=1, help="Number of the proposal; default: the last.")
+    ] = None,
     allow_conflicts: AllowOption = False,
     author: AuthorOption = None,
     message: MessageOption = "",
@@ -125,6 +128,11 @@ def accept(
     from factpatch.workspace import Workspace
 
     space = Workspace.open(workspace, device=device)
+    if number is None:
+        waiting = space.proposals()
+        if not waiting:
+            raise BadConfig("nothing waits to be accepted.\n  Make a patch: factpatch propose")
+        number = max(pending.number for pending in waiting)
     with progress() as report:
         outcome = space.accept(number, allow_conflicts=allow_conflicts, author=author, message=message, progress=report)
     _tell(outcome, as_json=as_json)

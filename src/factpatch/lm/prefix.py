@@ -37,39 +37,75 @@ class Shared:
         return self.length * (len(self.texts) - 1) - _COST
 
 
+@dataclass(slots=True)
+class _Stretch:
+    """Neighbours, in the order of their tokens, that have `depth` tokens in common.
+
+    texts  those of them that are in no stretch within this one
+    inner  stretches that share more
+    """
+
+    depth: int
+    texts: list[int]
+    inner: list[_Stretch]
+
+
 def shared_prefixes(texts: Sequence[Sequence[int]]) -> list[Shared]:
     """The prefixes that gain the most between them, each text under one at most; of those that gain nothing, none."""
     order = sorted((i for i, text in enumerate(texts) if len(text) >= _LEAST), key=lambda i: tuple(texts[i]))
-    # In this order texts that begin alike are neighbours. A stretch of them stays open as long as all share its tokens; then
-    # either all of it is under one prefix, or the stretches within it, which share more, are each under their own.
-    stretches: list[_Stretch] = []
+    if not order:
+        return []
+    # In this order texts that begin alike are neighbours, so that stretches lie within one another.
+    open_ones = [_Stretch(0, [], [])]
     for at, index in enumerate(order):
-        is_last = at + 1 == len(order)
-        depth = 0 if is_last else _common(texts[index], texts[order[at + 1]])
-        now = _Stretch(depth, at, [])
-        while stretches and stretches[-1].depth > depth:
-            now = stretches.pop().closed(order[: at + 1], now)
-        if stretches and stretches[-1].depth == depth:
-            stretches[-1].found += now.found
-        else:
-            stretches.append(_Stretch(depth, now.start, now.found))
-    return stretches[0].found if stretches else []
+        depth = _common(texts[index], texts[order[at + 1]]) if at + 1 < len(order) else 0
+        if depth > open_ones[-1].depth:
+            open_ones.append(_Stretch(depth, [], []))
+        open_ones[-1].texts.append(index)
+        while open_ones[-1].depth > depth:
+            done = open_ones.pop()
+            if open_ones[-1].depth < depth:
+                open_ones.append(_Stretch(depth, [], []))
+            open_ones[-1].inner.append(done)
+    place = {index: at for at, index in enumerate(order)}
+    found = [Shared(depth, tuple(sorted(own))) for depth, own in _best(open_ones[0])]
+    return sorted(found, key=lambda shared: min(place[i] for i in shared.texts))
 
 
-@dataclass(slots=True)
-class _Stretch:
-    """Neighbours with `depth` tokens in common, from `start` on, and the best prefixes found among them so far."""
+def _best(root: _Stretch) -> list[tuple[int, list[int]]]:
+    """Lengths and texts of the prefixes that gain the most.
 
-    depth: int
-    start: int
-    found: list[Shared]
+    A text under a prefix of `d` tokens saves `d`, and the prefix costs `d` once, and `_COST`. So the most that a stretch can
+    gain hangs on the prefix around it that its texts may be under instead: `value[stretch, d]`, all texts in it counted.
+    """
+    todo: list[tuple[_Stretch, tuple[int, ...]]] = [(root, (0,))]
+    listed: list[tuple[_Stretch, tuple[int, ...]]] = []
+    while todo:
+        listed.append(todo.pop())
+        stretch, around = listed[-1]
+        todo += [(inner, (*around, stretch.depth) if stretch.depth else around) for inner in stretch.inner]
+    value: dict[tuple[int, int], int] = {}
 
-    def closed(self, order: Sequence[int], last: _Stretch) -> _Stretch:
-        """With the last of its neighbours, and under one prefix if that gains more; `order` ends with it."""
-        parts = self.found + last.found
-        whole = Shared(self.depth, tuple(sorted(order[self.start :])))
-        best = [whole] if whole.gain > sum(part.gain for part in parts) else parts
-        return _Stretch(self.depth, self.start, best)
+    def left(stretch: _Stretch, depth: int) -> int:
+        """Its texts under a prefix of so many tokens, or under those within it."""
+        return depth * len(stretch.texts) + sum(value[id(inner), depth] for inner in stretch.inner)
+
+    def own(stretch: _Stretch) -> int:
+        """The same with a prefix of its own."""
+        return left(stretch, stretch.depth) - stretch.depth - _COST if stretch.depth else 0
+
+    for stretch, around in reversed(listed):
+        value |= {(id(stretch), depth): max(left(stretch, depth), own(stretch)) for depth in around}
+    found: list[tuple[int, list[int]]] = []
+    walk: list[tuple[_Stretch, int, list[int]]] = [(root, 0, [])]
+    while walk:
+        stretch, depth, under = walk.pop()
+        if own(stretch) > left(stretch, depth):
+            depth, under = stretch.depth, []
+            found.append((depth, under))
+        under += stretch.texts
+        walk += [(inner, depth, under) for inner in stretch.inner]
+    return found
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
