@@ -41,3 +41,18 @@ def test_what_cannot_be_exported_says_what_can(model, tmp_path):
     code, _, message = run("export", "gguf", "-m", model, "--patch", patch, "--out", tmp_path / "m.gguf")
     assert code == 2
     assert "--template" in message
+
+
+def test_a_workspace_stands_for_its_model_and_patches(model, tmp_path):
+    patch = made(model, tmp_path, "ft-m", "--set", "layer=1", "--set", "lr=1e-2")
+    space = tmp_path / "w"
+    assert run("init", space, "-m", model, "--require", "mergeable")[0] == 0
+    assert run("propose", "-C", space, "--patch", patch)[0] == 0
+    assert run("accept", "-C", space)[0] == 0
+    code, out, _ = run("export", "checkpoint", "-C", space, "--out", tmp_path / "m")
+    assert code == 0
+    assert "answers 1 of 1 probes" in out
+    for more in ((), ("-C", space, "--patch", patch)):
+        code, _, message = run("export", "checkpoint", "-m", model, *more, "--out", tmp_path / "n")
+        assert code == 2
+        assert "not both" in message

@@ -23,6 +23,7 @@ EXAMPLES = """
   factpatch export checkpoint --patch lyon --out lyon-model
   factpatch export adapter --patch lyon --patch porto --out lyon-adapter
   factpatch export adapter --patch facts --rank 4 --out facts-adapter
+  factpatch export checkpoint --workspace facts --out facts-model
   factpatch export gguf --patch lyon --out lyon.gguf
   factpatch export gguf --model my-model --template my-model.gguf --patch lyon --everything --type f16 --out lyon.gguf
 """
@@ -31,14 +32,18 @@ app = typer.Typer(
     help="Write a patched model for transformers, PEFT or llama.cpp, and ask it there.", no_args_is_help=True
 )
 
-PatchOption = Annotated[list[Path], typer.Option("--patch", help="Patch folder; may be repeated, in order.")]
+PatchOption = Annotated[list[Path] | None, typer.Option("--patch", help="Patch folder; may be repeated, in order.")]
+StackOption = Annotated[
+    Path | None, typer.Option("--workspace", "-C", help="A workspace, whose model and patches are taken, instead.")
+]
 VerifyOption = Annotated[bool, typer.Option(help="Load what was written with the tool it is for, and compare answers.")]
 
 
 @app.command(epilog=EXAMPLES)
 def checkpoint(
-    patch: PatchOption,
     output: Annotated[Path, typer.Option("--out", help="New folder.")],
+    patch: PatchOption = None,
+    workspace: StackOption = None,
     model: ModelOption = "smollm2-135m",
     shard_size: Annotated[str, typer.Option(help="Most bytes of one file.")] = "5GB",
     verify: VerifyOption = True,
@@ -55,7 +60,7 @@ def checkpoint(
 
     check_output(output)
     with progress() as report:
-        lm, patches = _loaded(model, patch, dtype, device, report)
+        lm, patches = _loaded(model, patch, workspace, dtype, device, report)
         export_checkpoint(lm, patches, output, shard_size=shard_size)
         checked = verify_checkpoint(lm, patches, output, report) if verify else None
     _tell(output, checked, as_json=as_json)
@@ -63,8 +68,9 @@ def checkpoint(
 
 @app.command(epilog=EXAMPLES)
 def adapter(
-    patch: PatchOption,
     output: Annotated[Path, typer.Option("--out", help="New folder.")],
+    patch: PatchOption = None,
+    workspace: StackOption = None,
     model: ModelOption = "smollm2-135m",
     rank: Annotated[
         int | None, typer.Option(min=1, help="Most that a matrix may have; default: what it takes.")
@@ -83,7 +89,7 @@ def adapter(
 
     check_output(output)
     with progress() as report:
-        lm, patches = _loaded(model, patch, dtype, device, report)
+        lm, patches = _loaded(model, patch, workspace, dtype, device, report)
         _, told = export_adapter(lm, patches, output, rank)
         checked = verify_adapter(lm, patches, output, report) if verify else None
     _tell(output, checked, told, as_json=as_json)
@@ -91,8 +97,9 @@ def adapter(
 
 @app.command(epilog=EXAMPLES)
 def gguf(
-    patch: PatchOption,
     output: Annotated[Path, typer.Option("--out", help="New .gguf file.")],
+    patch: PatchOption = None,
+    workspace: StackOption = None,
     model: ModelOption = "smollm2-135m",
     template: Annotated[
         Path | None, typer.Option(help="GGUF file of the unpatched model; a short name's is fetched again by itself.")
@@ -119,20 +126,32 @@ def gguf(
 
     refuse_taken(output)
     with progress() as report:
-        lm, patches = _loaded(model, patch, dtype, device, report)
-        base = template or _own_gguf(model, report)
+        lm, patches = _loaded(model, patch, workspace, dtype, device, report)
+        base = template or _own_gguf(model if workspace is None else lm.name, report)
         export_gguf(lm, patches, output, base, number=number_type, everything=everything, progress=report)
         checked = verify_gguf(lm, patches, output, report) if verify else None
     _tell(output, checked, as_json=as_json)
 
 
 def _loaded(
-    model: str, folders: list[Path], dtype: Any, device: str | None, report: Progress
+    model: str,
+    folders: list[Path] | None,
+    workspace: Path | None,
+    dtype: Any,
+    device: str | None,
+    report: Progress,
 ) -> tuple[LM, list[Patch]]:
+    """The model and the patches, given by themselves or as a workspace. Raises BadConfig if it is both or neither."""
     from factpatch.lm import load
     from factpatch.patches import Patch
+    from factpatch.workspace import Workspace
 
-    patches = [Patch.load(folder) for folder in folders]
+    if (workspace is None) == (not folders):
+        raise BadConfig("what is to be exported? Give --patch, once or more, or --workspace; not both.")
+    if workspace is not None:
+        space = Workspace.open(workspace, device=device)
+        return space.model(report), list(space.stack())
+    patches = [Patch.load(folder) for folder in folders or ()]
     return load(model, dtype=dtype, device=device, progress=report), patches
 
 
