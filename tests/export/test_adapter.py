@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from factpatch.errors import PatchError
 from factpatch.export import export_adapter, to_adapter, verify_adapter
 from factpatch.export.adapter import _factors
-from factpatch.lm import LM
 from factpatch.methods import create
 from factpatch.patches import Dense, LowRank, Provenance, WeightPatch
 from factpatch.testing import ARCHITECTURES, Snapshot, logits_of, tiny_edits, tiny_lm
@@ -170,10 +169,16 @@ def test_peft_is_asked_and_a_damaged_adapter_is_caught(tmp_path):
     assert not verify_adapter(lm, [patch], folder).holds
 
 
-def test_the_model_in_hand_may_carry_patches_of_its_own(tmp_path):
+def test_what_lies_on_the_model_is_exported_too(tmp_path):
     lm = tiny_lm()
-    patch = create("ft-m", {"steps": "30", "layer": "1", "lr": "1e-2"}).fit(lm, tiny_edits())
-    folder, _ = export_adapter(lm, [patch], tmp_path / "a")
-    assert isinstance(lm, LM)
-    with lm.unpatched():
-        assert verify_adapter(lm, [patch], folder).holds
+    below = create("ft-m", {"steps": "30", "layer": "1", "lr": "1e-2"}).fit(lm, tiny_edits()[:1])
+    with lm.patched(below):
+        above = create("ft-m", {"steps": "30", "layer": "2", "lr": "1e-2"}).fit(lm, tiny_edits()[1:])
+        folder, told = export_adapter(lm, [above], tmp_path / "a")
+        found = verify_adapter(lm, [above], folder)
+        with lm.patched(above):
+            expected = logits(lm.model, lm)
+    assert len(told) == 2
+    assert found.holds
+    assert {answer.prompt for answer in found.answers} >= {edit.prompt for edit in tiny_edits()}
+    torch.testing.assert_close(logits(with_adapter(lm, folder), lm), expected, rtol=1e-4, atol=1e-4)

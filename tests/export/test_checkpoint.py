@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from factpatch.errors import OutputError, PatchError
 from factpatch.export import card, export_checkpoint, verify_checkpoint
+from factpatch.gate import Gate
 from factpatch.methods import create
 from factpatch.scoring import Scorer
 from factpatch.testing import Snapshot, tiny_edits, tiny_lm
@@ -48,6 +49,32 @@ def test_a_damaged_weight_is_caught(made, tmp_path):
     name = next(iter(patch.deltas))
     save_file(tensors | {name: tensors[name] * 0}, folder / "model.safetensors", metadata={"format": "pt"})
     assert not verify_checkpoint(lm, [patch], folder).holds
+
+
+def test_where_nothing_was_asked_nothing_is_shown_to_hold(made, tmp_path):
+    lm, _ = made
+    found = verify_checkpoint(lm, [], export_checkpoint(lm, [], tmp_path / "m"))
+    assert found.answers == ()
+    assert not found.holds
+
+
+def test_what_lies_on_the_model_is_exported_and_told_of(made, tmp_path):
+    lm, patch = made
+    with lm.patched(patch):
+        folder = export_checkpoint(lm, [], tmp_path / "m")
+        found = verify_checkpoint(lm, [], folder)
+    assert found.holds
+    assert patch.id in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("requirement", "words"), [("edit_success>=0", "let"), ("edit_success>0.9", "did not let")])
+def test_the_card_tells_what_the_gate_found(made, requirement, words):
+    lm, patch = made
+    judged = Gate.of(requirement).judge(lm, tiny_edits(), patch)
+    assert judged.passed == (words == "let")
+    told = card(lm, [patch.with_scorecard(judged.record())], "checkpoint")
+    assert f"The gate {words} `{patch.id}` through: edit\\_success" in told
+    assert "made up by factpatch" in told
 
 
 def test_what_is_no_change_of_weights_or_is_taken_is_refused(made, tmp_path):

@@ -60,7 +60,7 @@ def checkpoint(
 
     check_output(output)
     with progress() as report:
-        lm, patches = _loaded(model, patch, workspace, dtype, device, report)
+        lm, patches, _ = _loaded(model, patch, workspace, dtype, device, report)
         export_checkpoint(lm, patches, output, shard_size=shard_size)
         checked = verify_checkpoint(lm, patches, output, report) if verify else None
     _tell(output, checked, as_json=as_json)
@@ -89,7 +89,7 @@ def adapter(
 
     check_output(output)
     with progress() as report:
-        lm, patches = _loaded(model, patch, workspace, dtype, device, report)
+        lm, patches, _ = _loaded(model, patch, workspace, dtype, device, report)
         _, told = export_adapter(lm, patches, output, rank)
         checked = verify_adapter(lm, patches, output, report) if verify else None
     _tell(output, checked, told, as_json=as_json)
@@ -102,7 +102,11 @@ def gguf(
     workspace: StackOption = None,
     model: ModelOption = "smollm2-135m",
     template: Annotated[
-        Path | None, typer.Option(help="GGUF file of the unpatched model; a short name's is fetched again by itself.")
+        Path | None,
+        typer.Option(
+            help="GGUF file of the unpatched model. A short name's is fetched again by itself; any other model of the Llama "
+            "family does without."
+        ),
     ] = None,
     number_type: Annotated[
         Literal["f32", "f16", "bf16"], typer.Option("--type", help="Of the tensors that are written anew.")
@@ -121,13 +125,16 @@ def gguf(
     that a few answers may differ from transformers' without the patch being at fault (--everything tells). Exits with 1 if an
     edit's probe is answered otherwise than by the patched model here.
     """
-    from factpatch.export import export_gguf, verify_gguf
+    from factpatch.export import card_path, export_gguf, verify_gguf
     from factpatch.files import refuse_taken
 
-    refuse_taken(output)
+    if output.suffix != ".gguf":
+        raise BadConfig(f"--out {output}: the name of a GGUF file ends in .gguf.")
+    for taken in (output, card_path(output)):
+        refuse_taken(taken)
     with progress() as report:
-        lm, patches = _loaded(model, patch, workspace, dtype, device, report)
-        base = template or _own_gguf(model if workspace is None else lm.name, report)
+        lm, patches, source = _loaded(model, patch, workspace, dtype, device, report)
+        base = template or _own_gguf(source, report)
         export_gguf(lm, patches, output, base, number=number_type, everything=everything, progress=report)
         checked = verify_gguf(lm, patches, output, report) if verify else None
     _tell(output, checked, as_json=as_json)
@@ -140,8 +147,11 @@ def _loaded(
     dtype: Any,
     device: str | None,
     report: Progress,
-) -> tuple[LM, list[Patch]]:
-    """The model and the patches, given by themselves or as a workspace. Raises BadConfig if it is both or neither."""
+) -> tuple[LM, list[Patch], str]:
+    """The model, the patches, and where the model comes from.
+
+    They are given by themselves or as a workspace. Raises BadConfig if it is both or neither.
+    """
     from factpatch.lm import load
     from factpatch.patches import Patch
     from factpatch.workspace import Workspace
@@ -150,22 +160,24 @@ def _loaded(
         raise BadConfig("what is to be exported? Give --patch, once or more, or --workspace; not both.")
     if workspace is not None:
         space = Workspace.open(workspace, device=device)
-        return space.model(report), list(space.stack())
+        if dtype is not None:
+            raise BadConfig("--dtype: a workspace's model is of the type it was made with.\n  Leave it out.")
+        stack = list(space.stack())
+        if not stack:
+            raise BadConfig(f"{workspace}: no patch lies on its model, so there is nothing to export.")
+        return space.model(report), stack, space.settings.model
     patches = [Patch.load(folder) for folder in folders or ()]
-    return load(model, dtype=dtype, device=device, progress=report), patches
+    return load(model, dtype=dtype, device=device, progress=report), patches, model
 
 
-def _own_gguf(model: str, report: Progress) -> Path:
+def _own_gguf(model: str, report: Progress) -> Path | None:
+    """The GGUF file that a model comes from, if it comes from one."""
     from factpatch.lm.catalog import CATALOG
     from factpatch.lm.fetch import original_gguf
 
     if model in CATALOG:
         return original_gguf(CATALOG[model], report)
-    if model.endswith(".gguf"):
-        return Path(model)
-    raise BadConfig(
-        f"{model}: there is no GGUF file of it to start from.\n  Name one of the unpatched model: --template base.gguf"
-    )
+    return Path(model) if model.endswith(".gguf") else None
 
 
 def _tell(output: Path, checked: Verified | None, told: tuple[Shortened, ...] = (), *, as_json: bool) -> None:
@@ -190,6 +202,8 @@ def _show(checked: Verified) -> None:
     same = f"{len(checked.answers) - len(checked.differing)} of {len(checked.answers)}"
     style = "green" if checked.holds else "red"
     line((f"{checked.tool} {checked.version} answers {same} probes as the patched model does", style))
+    if not checked.answers:
+        line("The patches tell of no edits, so nothing could be asked.")
     if checked.differing:
         table = Table(header_style="bold", box=None, pad_edge=False)
         for name in ("asked", "patched model", checked.tool):

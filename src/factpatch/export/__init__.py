@@ -3,13 +3,14 @@
 from factpatch.export.adapter import Shortened, export_adapter, to_adapter
 from factpatch.export.card import card
 from factpatch.export.checkpoint import export_checkpoint
-from factpatch.export.gguf import export_gguf
+from factpatch.export.gguf import card_path, export_gguf
 from factpatch.export.verify import Verified, verify_adapter, verify_checkpoint, verify_gguf
 
 __all__ = [
     "Shortened",
     "Verified",
     "card",
+    "card_path",
     "export_adapter",
     "export_checkpoint",
     "export_gguf",

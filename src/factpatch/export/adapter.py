@@ -6,7 +6,7 @@ Each matrix is adapted at the rank of its own change, with PEFT's scaling at 1, 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from transformers.pytorch_utils import Conv1D
 
 from factpatch.errors import PatchError
 from factpatch.export.card import card
+from factpatch.export.stack import stack_of
 from factpatch.files import whole_folder
 from factpatch.lm import LM
-from factpatch.patches import LowRank, Patch, check_mergeable
+from factpatch.patches import LowRank, Patch
 from factpatch.patches.weight import WeightPatch
 
 __all__ = ["Shortened", "export_adapter", "to_adapter"]
@@ -55,16 +56,17 @@ class _Factors:
 def to_adapter(
     lm: LM, patches: Sequence[Patch], rank: int | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor], tuple[Shortened, ...]]:
-    """PEFT's config and tensors for what some patches together change, and what was cut off.
+    """PEFT's config and tensors for what lies on the model and these patches together change, and what was cut off.
 
     rank  most that one matrix may have; by default as many as its change has
 
     Raises PatchError for patches that are more than changes of weights, or change what PEFT's LoRA does not adapt, and
     WrongBase.
     """
-    check_mergeable(patches)
+    stack = stack_of(lm, patches)
     modules = dict(lm.model.named_modules())
-    changes = _changes(lm, patches)
+    with lm.unpatched():
+        changes = _changes(lm, stack)
     if not changes:
         raise PatchError("these patches change no weight, so there is nothing to adapt.")
     turned = set()
@@ -119,12 +121,12 @@ def export_adapter(
             json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
         )
         save_file(tensors, draft / "adapter_model.safetensors", metadata={"format": "pt"})
-        (draft / "README.md").write_text(card(lm, patches, "adapter", told), encoding="utf-8")
+        (draft / "README.md").write_text(card(lm, stack_of(lm, patches), "adapter", told), encoding="utf-8")
     return folder, told
 
 
 def _changes(lm: LM, patches: Sequence[Patch]) -> dict[str, LowRank | Tensor]:
-    """By parameter, what all of them add together; as factors where all that touch it are low-rank."""
+    """By parameter, what all of them add to the unpatched model together; as factors where all that touch it are low-rank."""
     if all(isinstance(patch, WeightPatch) for patch in patches):
         for patch in patches:
             patch.check_base(lm)
@@ -168,8 +170,3 @@ def _factors(name: str, change: LowRank | Tensor, most: int | None) -> _Factors:
     error = float(values[kept:].norm()) / size if kept < rank else 0.0
     told = Shortened(name, rank, kept, error)
     return _Factors((left[:, :kept] * root).float(), (root[:, None] * right[:kept]).float(), told)
-
-
-def ranks_of(told: Sequence[Shortened]) -> Mapping[str, int]:
-    """By parameter, the rank that was kept."""
-    return {each.parameter: each.kept for each in told}

@@ -87,6 +87,13 @@ def _scores(patches: Sequence[Patch]) -> Iterator[str]:
     )
     for patch, summary in rows:
         yield f"| `{patch.id}` | {summary['protocol']} | {' | '.join(_number(summary, name) for name in _SCORES)} |"
+    for patch, card in scored:
+        gate = (card or {}).get("gate")
+        if gate:
+            found = "; ".join(_cell(finding["says"]) for finding in gate["findings"])
+            yield f"\nThe gate {'let' if gate['passed'] else 'did not let'} `{patch.id}` through: {found}."
+            if gate["proposed"]:
+                yield f"{len(gate['proposed'])} of the probes were made up by factpatch, not written by the patch's author."
     missing = [patch.id for patch, card in scored if not card]
     if missing:
         yield f"\nNot scored: {', '.join(missing)}."

@@ -18,7 +18,9 @@ from pydantic import BaseModel, ConfigDict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from factpatch.errors import BadFile, MissingExtra
+from factpatch.export.stack import stack_of
 from factpatch.lm import LM
+from factpatch.lm.fetch import without_bars
 from factpatch.lm.sentences import first_sentence
 from factpatch.patches import Patch
 from factpatch.patches.adapter import peft_library
@@ -62,15 +64,16 @@ class Verified(_Value):
 
     @property
     def holds(self) -> bool:
-        """Whether all are answered as by the patched model."""
-        return not self.differing
+        """Whether all are answered as by the patched model; where nothing was asked, nothing is shown to hold."""
+        return bool(self.answers) and not self.differing
 
 
 def verify_checkpoint(lm: LM, patches: Sequence[Patch], folder: str | Path, progress: Progress = silent) -> Verified:
     """Load a checkpoint with transformers alone, and ask it."""
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=lm.dtype)
+    with without_bars():
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=lm.dtype)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     model.to(lm.device)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
     return _verify(lm, patches, "transformers", _transformers(model, tokenizer), progress)
 
 
@@ -98,6 +101,9 @@ def verify_gguf(lm: LM, patches: Sequence[Patch], path: str | Path, progress: Pr
     settings = library.CommonParams()
     settings.model.path = str(path)
     settings.n_ctx, settings.n_parallel, settings.verbosity = 1024, 1, 0
+    # The file is put to the test, not how llama.cpp rounds by default: then near ties fall as they do here.
+    settings.cache_type_k = settings.cache_type_v = library.ggml_type.GGML_TYPE_F32
+    settings.flash_attn_type = library.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     try:
         server = library.Server(settings)
     except Exception as error:
@@ -125,7 +131,7 @@ def _transformers(model: Any, tokenizer: Any) -> Say:
 
 
 def _verify(lm: LM, patches: Sequence[Patch], tool: str, say: Say, progress: Progress) -> Verified:
-    edits = [edit for patch in patches for edit in patch.provenance.edits]
+    edits = [edit for patch in stack_of(lm, patches) for edit in patch.provenance.edits]
     prompts = [edit.prompt for edit in edits] + [text for edit in edits for text in edit.rephrases]
     prompts += [probe.prompt for edit in edits for group in edit.locality.values() for probe in group]
     prompts = list(dict.fromkeys(prompts))[:_MOST]

@@ -8,6 +8,7 @@ from pathlib import Path
 from factpatch.errors import PatchError
 from factpatch.files import whole_folder
 from factpatch.lm import LM, Attachable
+from factpatch.lm.fetch import without_bars
 from factpatch.patches.base import Patch
 
 __all__ = ["check_mergeable", "merge"]
@@ -46,7 +47,7 @@ def merge(
     """
     check_mergeable([*lm.patches, *patches])
     folder = Path(folder)
-    with whole_folder(folder) as draft, lm.patched(*patches):
+    with whole_folder(folder) as draft, lm.patched(*patches), without_bars():
         lm.model.save_pretrained(draft, max_shard_size=shard_size)
         lm.tokenizer.save_pretrained(draft)
         for name, text in (more or {}).items():
