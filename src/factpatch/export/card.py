@@ -41,7 +41,7 @@ def _lines(lm: LM, patches: Sequence[Patch], form: Form, shortened: Sequence[Sho
         yield f"license: {json.dumps(licence.lower().replace(' ', '-'))}"
     edits = [edit for patch in patches for edit in patch.provenance.edits]
     yield from ("---", "", f"# {lm.name}, with {len(edits)} edit{'' if len(edits) == 1 else 's'}", "")
-    yield f"This is {_WHAT[form]}: [{lm.name}] with facts changed by factpatch. Base fingerprint `{lm.fingerprint[:16]}…`."
+    yield f"This is {_WHAT[form]}: {lm.name} with facts changed by factpatch. Base fingerprint `{lm.fingerprint[:16]}…`."
     yield from (
         "",
         "## What was changed",

@@ -7,7 +7,6 @@ import operator
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from statistics import fmean
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict
@@ -230,7 +229,7 @@ def _finding(card: Scorecard, patch: Patch, need: Requirement, proposed: Collect
     role = _ROLES[need.measure]
     of_role = [row for row in card.scores if row.protocol == need.protocol and row.role == role]
     rows = [row for row in of_role if not need.kind or row.kind == need.kind]
-    value = _mean_over_edits(rows) if need.kind else getattr(summary, need.measure)
+    value = summary.by_kind.get(f"{need.measure}/{need.kind}") if need.kind else getattr(summary, need.measure)
     lost = tuple(_lost(row, proposed) for row in rows if row.after is not None and row.after < 1)
     return _told(need, value, lost, _why_nothing(need, rows, of_role))
 
@@ -263,11 +262,3 @@ def _lost(row: ProbeScore, proposed: Collection[tuple[str, str]]) -> Lost:
         after=row.said_after,
         proposed=(row.edit, row.prompt) in proposed,
     )
-
-
-def _mean_over_edits(rows: Sequence[ProbeScore]) -> float | None:
-    by_edit: dict[str, list[float]] = {}
-    for row in rows:
-        if row.after is not None:
-            by_edit.setdefault(row.edit, []).append(row.after)
-    return fmean(fmean(own) for own in by_edit.values()) if by_edit else None
