@@ -2,8 +2,9 @@
 
     python benchmarks/scaling.py --out docs/results/scaling.md
 
-A run that is stopped leaves the rows it has; with `--methods` and `--sizes` a part of them is made. The facts are made up, so
-that there are enough of them. Nothing else should run meanwhile.
+A run that is stopped leaves the rows it has; with `--methods` and `--sizes` a part of them is made. The search for values goes
+edit by edit, so its cost is known from a hundred of them; `--steps 2` cuts it short, to see in minutes how all else grows
+up to thousands. The facts are made up, so that there are enough of them. Nothing else should run meanwhile.
 """
 
 from __future__ import annotations
@@ -31,13 +32,17 @@ from factpatch.methods import create
 
 Row = dict[str, Any]
 
-HEAD = ("| method | edits | s | s per edit | edits a minute | MB beyond the model |", "| --- |" + " ---: |" * 5)
+HEAD = (
+    "| method | edits | steps at most | s | of it in the search | s per edit | edits a minute | MB beyond the model |",
+    "| --- |" + " ---: |" * 7,
+)
 
 
 def main(
     out: Annotated[Path, typer.Option(help="the page to write; its rows are kept beside it")],
     methods: Annotated[str, typer.Option(help="separated by commas")] = "memit,alphaedit,ultraedit",
     sizes: Annotated[str, typer.Option(help="numbers of edits in one batch, separated by commas")] = "10,100,1000,5000",
+    steps: Annotated[int | None, typer.Option(help="of the search for values, at most; default: the preset's")] = None,
     model: str = "smollm2-135m",
 ) -> None:
     """Add the rows that are missing, and write the page anew after each."""
@@ -52,14 +57,15 @@ def main(
         }
         # Rows of another model or machine stay in the file, and out of the page.
         own = [row for row in rows if where.items() <= row.items()]
-        done = {(row["method"], row["edits"]) for row in own}
+        done = {(row["method"], row["edits"], row["steps"]) for row in own}
+        settings = {} if steps is None else {"steps": steps}
         for name in methods.split(","):
             for size in map(int, sizes.split(",")):
-                if (name, size) in done:
+                if (name, size, steps) in done:
                     continue
                 report(f"{size} edits with {name}", 0, None)
                 command = f"python benchmarks/scaling.py {shlex.join(sys.argv[1:])}"
-                own.append(measure(lm, name, size) | where | {"command": command})
+                own.append(measure(lm, name, size, settings) | where | {"command": command})
                 with kept.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(own[-1]) + "\n")
                 typer.echo(table(own[-1:])[-1])
@@ -71,19 +77,35 @@ def measure(lm: LM, name: str, size: int, settings: dict[str, Any] | None = None
     method = create(name, settings or {})
     method.prepare(lm)
     method.fit(lm, made_up(1, seed=1))  # what is made once for a model in hand
-    edits = made_up(size)
+    edits, search = made_up(size), _Search()
     with watching_memory() as memory:
         started = time.perf_counter()
-        method.fit(lm, edits)
+        method.fit(lm, edits, search)
         if lm.device.type == "cuda":
             torch.cuda.synchronize(lm.device)
         seconds = time.perf_counter() - started
     return {
         "method": name,
         "edits": size,
+        "steps": (settings or {}).get("steps"),
         "seconds": round(seconds, 2),
+        "search": round(search.seconds, 2),
         "grown_mb": round((memory.peak - memory.start) / 1e6),
     }
+
+
+class _Search:
+    """Told how far a method is, it adds up the seconds that it searches for values."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._since: float | None = None
+
+    def __call__(self, doing: str, done: int, total: int | None) -> None:  # noqa: ARG002
+        now = time.perf_counter()
+        if self._since is not None:
+            self.seconds += now - self._since
+        self._since = now if doing == "Optimising values" else None
 
 
 def table(rows: Iterable[Row]) -> list[str]:
@@ -91,14 +113,22 @@ def table(rows: Iterable[Row]) -> list[str]:
     lines = list(HEAD)
     for row in rows:
         each = row["seconds"] / row["edits"]
-        cells = (number(row["seconds"], 1), number(each, 3), number(60 / each, 0), str(row["grown_mb"]))
-        lines.append(f"| {row['method']} | {row['edits']} | {' | '.join(cells)} |")
+        cells = (
+            str(row["edits"]),
+            number(row["steps"], 0),
+            number(row["seconds"], 1),
+            number(row["search"], 1),
+            number(each, 3),
+            number(60 / each, 0),
+            str(row["grown_mb"]),
+        )
+        lines.append(f"| {row['method']} | {' | '.join(cells)} |")
     return lines
 
 
 def _write(out: Path, rows: Sequence[Row], lm: LM) -> None:
     names = list(dict.fromkeys(row["method"] for row in rows))
-    in_order = sorted(rows, key=lambda row: (names.index(row["method"]), row["edits"]))
+    in_order = sorted(rows, key=lambda row: (names.index(row["method"]), -(row["steps"] or 0), row["edits"]))
     lines = [
         "# What a batch of edits costs, by their number",
         "",
@@ -108,6 +138,7 @@ def _write(out: Path, rows: Sequence[Row], lm: LM) -> None:
         *(f"    {command}" for command in dict.fromkeys(row["command"] for row in rows)),
         "",
         "What a method prepares once for a model is not in it. Memory is how far the process grew beyond what it held before.",
+        "The search for values goes edit by edit; where its steps are cut short, it is to see how all else grows.",
         "",
         *table(in_order),
     ]
