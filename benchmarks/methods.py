@@ -15,17 +15,16 @@ examples, take records 100 to 199 of each file, which are never scored here.
 from __future__ import annotations
 
 import csv
+import ctypes
 import hashlib
 import itertools
 import json
 import shlex
 import sys
 import tempfile
-import threading
 import time
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
@@ -38,6 +37,7 @@ import torch
 import typer
 from lessons import lessons_of
 
+from factpatch.bench.outcome import watching_memory
 from factpatch.bench.singles import ABREAST
 from factpatch.cli.terminal import number, progress
 from factpatch.data import Dataset, read, write_jsonl
@@ -183,36 +183,20 @@ def _rows(lm: LM, contender: Contender, dataset: Dataset, edits: Sequence[Edit],
 def _cost(lm: LM, contender: Contender, dataset: Dataset, edit: Edit) -> Row:
     """What it takes to make one edit."""
     row: Row = {"method": contender.method.name, "data": dataset.name, "edit": edit.id}
-    started = time.perf_counter()
+    if sys.platform == "linux":  # hand back what was freed, lest the edit take it and seem to need nothing
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
     try:
-        with _watching_memory() as grown:
+        with watching_memory() as memory:
+            started = time.perf_counter()
             patch = contender.method.fit(lm, [edit])
+            row["seconds"] = round(time.perf_counter() - started, 3)
     except (CannotEdit, TokenizerError):
         return row
-    row |= {"seconds": round(time.perf_counter() - started, 3), "memory_mb": round(grown[0] / 1e6, 1)}
+    row["memory_mb"] = round((memory.peak - memory.start) / 1e6, 1)
     with tempfile.TemporaryDirectory() as folder:
         saved = patch.save(Path(folder) / "patch")
         row["disk_kb"] = round(sum(file.stat().st_size for file in saved.iterdir()) / 1e3, 1)
     return row
-
-
-@contextmanager
-def _watching_memory() -> Iterator[list[int]]:
-    """How far the process grows beyond what it holds now, in bytes, looked at every few milliseconds."""
-    process, grown, done = psutil.Process(), [0], threading.Event()
-    start = process.memory_info().rss
-
-    def watch() -> None:
-        while not done.wait(0.005):
-            grown[0] = max(grown[0], process.memory_info().rss - start)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield grown
-    finally:
-        done.set()
-        watcher.join()
 
 
 def _write(

@@ -5,18 +5,30 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import factpatch
+from factpatch import testing
 from factpatch.cli.app import app
-from factpatch.methods import names
-from factpatch.testing import contract
+from factpatch.lm import LM
+from factpatch.lm.batches import Batch
+from factpatch.methods import Preset, find, names
+from factpatch.testing import contract, tiny_lm
+from tests.endpoint import Endpoint, serving
 
 ROOT = Path(__file__).parents[1]
 
 
 def blocks(name, language):
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def run(name):
+    """Run a page's Python, block after block in one namespace, in the folder we are in; an error names block and line."""
+    space = {"__name__": name}
+    for number, source in enumerate(blocks(name, "python"), 1):
+        exec(compile(source, f"{name}, block {number}", "exec"), space)  # noqa: S102
 
 
 def test_the_method_in_contributing_keeps_the_contract():
@@ -30,9 +42,47 @@ def test_the_method_in_contributing_keeps_the_contract():
 @pytest.mark.real
 def test_the_readmes_python_runs_and_gives_what_it_says(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (source,) = blocks("README.md", "python")
-    exec(compile(source, "README.md", "exec"), {})  # noqa: S102
+    run("README.md")
     assert capsys.readouterr().out.startswith("Lyon")
+    assert (tmp_path / "my-model" / "model.safetensors").is_file()
+
+
+CAPITALS = {"France": "Paris", "Spain": "Madrid", "Italy": "Rome", "Peru": "Lima", "Norway": "Oslo"}
+
+
+def geographer():
+    """A tiny model that was taught a few capitals, and that a sentence ends after a name; it takes long prompts."""
+    lm = tiny_lm()
+    sentences = [f"The capital of {country} is {capital}.\n" for country, capital in CAPITALS.items()]
+    sentences += [f"{country}'s capital is {capital}.\n" for country, capital in CAPITALS.items()]
+    sentences += [f"The king lives in {city}.\n" for city in ("Lyon", "Porto", "Wales", *CAPITALS.values())]
+    batch = Batch.of([text.ids for text in lm.encode(sentences)], lm.device)
+    optimiser = torch.optim.Adam(lm.model.parameters(), lr=1e-2)
+    for _ in range(150):
+        labels = batch.ids.masked_fill(batch.mask == 0, -100)
+        lm.model(batch.ids, attention_mask=batch.mask, labels=labels).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    return LM(lm.model, lm.tokenizer, name="geographer")
+
+
+class Porto(Endpoint):
+    def say(self, text):
+        return "Porto."
+
+
+def test_the_python_page_runs_and_what_it_asserts_is_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    long = testing.ARCHITECTURES["llama"] | {"max_position_embeddings": 4096}
+    monkeypatch.setitem(testing.ARCHITECTURES, "llama", long)
+    lm, connect = geographer(), factpatch.connect
+    monkeypatch.setattr(factpatch, "load", {"smollm2-135m": lm}.__getitem__)
+    # Settings that are tuned for its size, as SmolLM2's are for its own.
+    tuned = Preset(lm.shape, {"layer": 1, "steps": 40, "lr": 5e-3}, "tests/test_docs.py")
+    monkeypatch.setattr(find("ft-m"), "presets", (tuned,))
+    with serving(Porto) as (url, _):
+        monkeypatch.setattr(factpatch, "connect", lambda name, _url: connect(name, url))
+        run("docs/python.md")
     assert (tmp_path / "my-model" / "model.safetensors").is_file()
 
 

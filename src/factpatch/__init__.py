@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from factpatch.data import read
     from factpatch.edits import Edit, Probe
     from factpatch.errors import FactpatchError
+    from factpatch.gate import Gate
     from factpatch.lm import LM, connect, load
     from factpatch.methods import create as method
     from factpatch.patches import Patch, merge
@@ -28,6 +29,7 @@ __all__ = [
     "LM",
     "Edit",
     "FactpatchError",
+    "Gate",
     "Patch",
     "Probe",
     "Scorecard",
@@ -43,6 +45,7 @@ __all__ = [
 _WHERE = {
     "Edit": "factpatch.edits:Edit",
     "FactpatchError": "factpatch.errors:FactpatchError",
+    "Gate": "factpatch.gate:Gate",
     "LM": "factpatch.lm:LM",
     "Patch": "factpatch.patches:Patch",
     "Probe": "factpatch.edits:Probe",

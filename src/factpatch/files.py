@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import os
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 from filelock import FileLock, Timeout
 
 from factpatch.errors import OutputError
 
-__all__ = ["cache_root", "check_output", "locked", "remove_drafts", "sha256_of", "whole_file", "whole_folder"]
+__all__ = [
+    "cache_root",
+    "check_output",
+    "json_ready",
+    "locked",
+    "parse_json",
+    "read_whole",
+    "remove_drafts",
+    "sha256_of",
+    "whole_file",
+    "whole_folder",
+]
+
+MOST = 1 << 30
+"""Bytes of one file that are read into memory at once, at most."""
 
 
 def cache_root() -> Path:
@@ -28,6 +46,43 @@ def sha256_of(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_whole(path: Path, most: int = MOST) -> bytes:
+    """The bytes of a file. Raises OSError, also for what is no plain file, which may never end, or has more than `most`."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):  # of a folder the system tells by itself
+        raise OSError(0, "it is neither a file nor a folder, but a pipe or a device")
+    if found.st_size > most:
+        raise OSError(0, f"it has {found.st_size} bytes, more than the {most} that are read")
+    return path.read_bytes()
+
+
+def parse_json(text: str) -> Any:
+    """The value that a JSON text stands for. Raises ValueError, also where an object has a key twice or nesting never ends."""
+    try:
+        return json.loads(text, object_pairs_hook=_distinct)
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f'"{next(key for key in keys if keys.count(key) > 1)}" is there twice in one object')
+    return found
+
+
+def json_ready(value: Any) -> Any:
+    """The same with numbers that JSON does not have, such as a perplexity without bound, as texts."""
+    if isinstance(value, Mapping):
+        return {key: json_ready(own) for key, own in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_ready(own) for own in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
 
 
 def make_folder(path: Path) -> Path:

@@ -14,7 +14,7 @@ from factpatch.analysis.attacks.relearning import Relearning, Study
 from factpatch.analysis.audit import audit
 from factpatch.analysis.audit_facts import DECOYS, prepare
 from factpatch.analysis.audit_result import SHARE, AttackInfo, Audit, Choice, Fact, Learnt, Trial, tail
-from factpatch.analysis.audit_words import fact_verdict, headline, verdict
+from factpatch.analysis.audit_words import fact_verdict, headline, not_tried, verdict
 from factpatch.edits import Edit
 from factpatch.errors import BadConfig
 from factpatch.lm import LM
@@ -94,18 +94,10 @@ def word_tokenizer():
 def blank(layers=4, width=48):
     tokenizer = word_tokenizer()
     config = AutoConfig.for_model(
-        "llama",
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        intermediate_size=2 * width,
-        max_position_embeddings=256,
-        eos_token_id=2,
-        pad_token_id=2,
-        bos_token_id=1,
-    )
+        "llama", vocab_size=len(tokenizer), hidden_size=width, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=4, intermediate_size=2 * width, max_position_embeddings=256,
+        eos_token_id=2, pad_token_id=2, bos_token_id=1,
+    )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config)
@@ -554,10 +546,25 @@ def test_the_verdict_says_what_was_found_and_where():
     told = "\n".join(verdict(result))
     assert "With 2 attacks and a budget of 5 candidates each, the old answer was found for 1 of 2 facts" in told
     assert "attack a (1, blocks 2–3, 5)" in told
-    assert "Not tried: this." in told
+    assert not_tried(result) == ["this"]
+    assert "Held against its best-placed decoy, the old answer came up more readily for 1 of 2 facts" in told
+    for page in (as_markdown(result), as_html(result)):
+        assert "Not tried:" in page
+    assert "\n- this\n" in as_markdown(result)
+    assert "<li>this</li>" in as_html(result)
     assert "not in all steps" in told
     assert fact_verdict(result, "f") == "found, more readily than any decoy: attack a at rank 1, blocks 2–3, 5"
     assert fact_verdict(result, "g") == "not found by 2 attacks"
+
+
+def test_of_decoys_that_were_found_as_readily_it_says_how_many():
+    result = made({"f": [[2, 1, None, 2], [None, 3, None, None]]}, decoys=3)
+    assert result.as_ready("f") == (2, 3)
+    assert fact_verdict(result, "f").startswith(
+        "found, though 2 of its 3 decoys were found as readily: attack a at rank 2"
+    )
+    result = made({"f": [[2, None, None, 1], [None, None, 5, None]]}, decoys=3)
+    assert fact_verdict(result, "f").startswith("found, though 1 of its 3 decoys was found as readily:")
 
 
 @pytest.mark.parametrize(
@@ -581,7 +588,7 @@ def test_everything_is_written_and_can_be_checked(tmp_path):
         "recall-by-budget.svg",
     }
     rows = (tmp_path / "audit" / "recall.csv").read_text().splitlines()
-    assert rows[0] == "attack,before,audited,never-told control,decoys"
+    assert rows[0] == "attack,before,after,never-told control,decoys"
     assert len(rows) == 2 + len(result.attacks)
     read = json.loads((tmp_path / "audit" / "audit.json").read_text())
     assert read["recovered"] is True

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from factpatch.analysis import locate as module
+from factpatch.analysis import locate_result as result
 from factpatch.analysis.facts import Fact
 from factpatch.analysis.locate import Located, keep, locate
+from factpatch.analysis.locate_result import Trial, best_of, supports
 from factpatch.bench import score_singly
 from factpatch.edits import Edit
 from factpatch.errors import BadConfig, CannotEdit
@@ -71,7 +73,7 @@ def sweeping(monkeypatch, curve, refused=()):
         by_fact = {name: {"edit": dict.fromkeys(ids, curve(start))} for name in ("open", "survey")}
         reasons = {ids[0]: "no"} if start in refused else {}
         layers = tuple(start + each for each in self.offsets)
-        return module._Trial(layers=layers, by_fact=by_fact, refused=reasons, seconds=0.0)
+        return Trial(layers=layers, by_fact=by_fact, refused=reasons, seconds=0.0)
 
     monkeypatch.setattr(module._Sweep, "_trial", trial)
     return tried
@@ -83,6 +85,7 @@ def traced_as(monkeypatch, effects):
         part="mlp",
         window=1,
         facts=1,
+        of=1,
         effects=tuple(effects),
         suggested=max(range(len(effects)), key=effects.__getitem__),
     )
@@ -97,7 +100,8 @@ def test_it_finds_the_block_where_a_method_was_made_to_work():
     assert before.differences(lm) == []
     assert [place.layers for place in found.places] == [(0,), (1,), (2,)]
     assert found.chosen == (1,)
-    assert found.best.support == 1
+    assert found.best.open.edit_success == pytest.approx(1 / 3), "of one fact alone the model says it by itself"
+    assert found.best.support == pytest.approx(1 - (2 / 3) ** 3, abs=0.05), "where that one is drawn"
     assert found.best.survey.edit_success > 0.9
     assert found.complete
     assert [place.score for place in found.places if place.layers != (1,)] == [0, 0]
@@ -117,9 +121,10 @@ def test_the_numbers_are_those_of_edits_scored_alone():
             summary, own = card.summary(protocol), getattr(place, protocol)
             for name, value in own.model_dump().items():
                 assert value == pytest.approx(getattr(summary, name), abs=1e-6), (place.layers, protocol, name)
-        parts = [max(0.01, p) for p in (place.survey.edit_success, place.survey.rephrase, place.survey.locality)]
-        expected = 3 / sum(1 / p for p in parts) if place.survey.edit_success else 0
-        assert place.score == pytest.approx(expected)
+        for own, score in ((place.open, place.score), (place.survey, place.survey_score)):
+            parts = [max(0.01, p) for p in (own.edit_success, own.rephrase, own.locality)]
+            expected = 3 / sum(1 / p for p in parts) if own.edit_success else 0
+            assert score == pytest.approx(expected)
 
 
 @given(
@@ -134,7 +139,7 @@ def test_of_a_curve_with_one_peak_it_finds_the_peak(blocks, peak, up, down):
     curve = lambda at: 0.9 / (1 + (up if at < peak else down) * abs(at - peak))  # noqa: E731
     with pytest.MonkeyPatch.context() as patching:
         tried = sweeping(patching, curve)
-        patching.setattr(module, "_RESAMPLES", 1)
+        patching.setattr(result, "_RESAMPLES", 1)
         found = locate(deep_lm(blocks), "ft-m", edits=FACTS, traced=0, limit=1)
     assert found.chosen == (peak,)
     assert len(tried) == len(set(tried)) <= max(3, blocks // 2 + 4)
@@ -159,38 +164,45 @@ def test_of_equals_the_lowest_is_chosen_and_where_edits_were_refused_comes_last(
 
 
 def test_a_measure_at_nought_leaves_the_others_to_decide():
-    facts = {"survey": {"edit": {"a": 0.8}, "rephrase": {"a": 0.0}, "locality": {"a": 1.0}}}
-    better = module._Trial(layers=(3,), by_fact=facts, refused={}, seconds=0)
-    worse = module._Trial(
-        layers=(2,), by_fact=facts | {"survey": facts["survey"] | {"edit": {"a": 0.4}}}, refused={}, seconds=0
-    )
-    none = module._Trial(
-        layers=(1,), by_fact=facts | {"survey": facts["survey"] | {"edit": {"a": 0.0}}}, refused={}, seconds=0
-    )
+    facts = {"open": {"edit": {"a": 0.8}, "rephrase": {"a": 0.0}, "locality": {"a": 1.0}}}
+    better = Trial(layers=(3,), by_fact=facts, refused={}, seconds=0)
+    worse = Trial(layers=(2,), by_fact=facts | {"open": facts["open"] | {"edit": {"a": 0.4}}}, refused={}, seconds=0)
+    none = Trial(layers=(1,), by_fact=facts | {"open": facts["open"] | {"edit": {"a": 0.0}}}, refused={}, seconds=0)
     assert better.score(["a"]) == pytest.approx(3 / (1 / 0.8 + 100 + 1))
     assert none.score(["a"]) == 0
-    assert module._best([none, worse, better], ["a"]).layers == (3,)
-    assert module._best([none], ["a"]) is None
+    assert best_of([none, worse, better], ["a"]).layers == (3,)
+    assert best_of([none], ["a"]) is None
+
+
+def test_what_the_model_says_by_itself_decides_and_the_survey_between_equals():
+    def trial(layer, free, forced):
+        by_fact = {"open": {"edit": {"a": free}}, "survey": {"edit": {"a": forced}}}
+        return Trial(layers=(layer,), by_fact=by_fact, refused={}, seconds=0)
+
+    flattered, honest, finer = trial(1, 0.2, 1.0), trial(2, 0.5, 0.3), trial(3, 0.5, 0.4)
+    assert best_of([flattered, honest], ["a"]) is honest
+    assert best_of([flattered, honest, finer], ["a"]) is finer
+    assert best_of([trial(1, 0.0, 1.0)], ["a"]) is None, "what only teacher forcing sees is no success"
 
 
 def test_support_is_a_share_of_resamples():
     def trial(layer, values):
-        return module._Trial(layers=(layer,), by_fact={"survey": {"edit": values}}, refused={}, seconds=0)
+        return Trial(layers=(layer,), by_fact={"open": {"edit": values}}, refused={}, seconds=0)
 
     # Of two facts drawn twice, both are the second in a quarter of all draws; only then does block 5 win.
     trials = [trial(4, {"a": 1.0, "b": 0.5}), trial(5, {"a": 0.1, "b": 0.6})]
-    low, high = module._supports(trials, ["a", "b"], seed=3)
+    low, high = supports(trials, ["a", "b"], seed=3)
     assert low + high == 1
     assert high == pytest.approx(0.25, abs=0.05)
 
 
 def test_a_refusal_counts_in_the_resamples_that_draw_its_fact():
     def trial(layer, values, refused):
-        return module._Trial(layers=(layer,), by_fact={"survey": {"edit": values}}, refused=refused, seconds=0)
+        return Trial(layers=(layer,), by_fact={"open": {"edit": values}}, refused=refused, seconds=0)
 
     # Block 4 does better, but only where "a", which it refuses, is not drawn: in a quarter of all draws of two.
     trials = [trial(4, {"b": 1.0}, {"a": "no"}), trial(5, {"a": 0.5, "b": 0.5}, {})]
-    better, whole = module._supports(trials, ["a", "b"], seed=3)
+    better, whole = supports(trials, ["a", "b"], seed=3)
     assert better + whole == 1
     assert better == pytest.approx(0.25, abs=0.05)
 
@@ -222,7 +234,7 @@ def test_what_is_kept_is_where_the_method_edits_next():
 def test_what_is_preliminary_takes_no_choices_place(monkeypatch):
     sweeping(monkeypatch, lambda at: 0.1 * (at + 1))
     lm = deep_lm(24)
-    hasty = locate(lm, "ft-m", edits=FACTS, traced=0, seconds=0.0)
+    hasty = locate(lm, "ft-m", edits=FACTS, traced=0, layers=[0]).model_copy(update={"stopped": "time"})
     assert (hasty.complete, hasty.preliminary, hasty.chosen) == (False, True, (0,))
     path = keep(lm, hasty)
     assert path is not None, "better than none"
@@ -230,7 +242,7 @@ def test_what_is_preliminary_takes_no_choices_place(monkeypatch):
     assert (whole.preliminary, keep(lm, whole)) == (False, path)
     written = path.read_bytes()
     for rash in (
-        whole.model_copy(update={"complete": False}),
+        whole.model_copy(update={"stopped": "interrupt"}),
         locate(lm, "ft-m", edits=FACTS, traced=0, limit=1),
         locate(lm, "ft-m", edits=FACTS, layers=[3]),
     ):
@@ -271,12 +283,133 @@ def test_a_damaged_row_is_made_again():
     assert Planted.fits == len(FACTS)
 
 
-def test_when_the_time_is_over_no_other_place_is_begun(monkeypatch):
+def ticking(monkeypatch, every=1.0):
+    """A clock that goes on by so many seconds each time it is looked at."""
+    now = [0.0]
+
+    def look():
+        now[0] += every
+        return now[0]
+
+    monkeypatch.setattr(module.time, "monotonic", look)
+
+
+def test_when_the_time_is_up_what_was_tried_is_the_result(monkeypatch):
     tried = sweeping(monkeypatch, lambda at: 0.5)
-    found = locate(deep_lm(24), "ft-m", edits=FACTS, seconds=0.0)
-    assert tried == [0]
-    assert not found.complete
-    assert found.chosen == (0,)
+    ticking(monkeypatch)
+    found = locate(deep_lm(24), "ft-m", edits=FACTS, traced=0, seconds=3.5)
+    assert tried == [0, 16, 8], "the clock is looked at before each place"
+    assert (found.complete, found.stopped, found.chosen) == (False, "time", (0,))
+
+
+def test_where_there_was_time_for_nothing_nothing_is_chosen():
+    lm = tiny_lm()
+    found = locate(lm, Planted(), edits=FACTS, seconds=0.0)
+    assert (found.places, found.chosen, found.stopped, found.traced) == ((), None, "time", None)
+    assert keep(lm, found) is None
+    assert found.untraced == "there was no time for it"
+
+
+def test_a_place_is_left_in_the_middle_when_the_time_is_up(monkeypatch):
+    class Slow(Planted):
+        def make(self, lm, edits, config, progress):
+            if config.layer == 2:
+                now[0] += 100
+            return super().make(lm, edits, config, progress)
+
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    lm = tiny_lm()
+    before = Snapshot.of(lm)
+    Planted.fits = 0
+    found = locate(lm, Slow(), edits=FACTS, traced=0, seconds=50.0)
+    assert before.differences(lm) == []
+    assert [place.layers for place in found.places] == [(0,)], "of the next one there was no time for the second edit"
+    assert Slow.fits == 3 + 1
+    assert found.stopped == "time"
+
+
+def test_the_time_is_looked_at_while_keys_are_measured(monkeypatch):
+    def measuring(lm, layers, config, progress):
+        for done in range(100):
+            progress("Measuring keys", done, 100)
+        pytest.fail("it was not stopped")
+
+    ticking(monkeypatch)
+    monkeypatch.setattr("factpatch.methods.rome.second_moment", lambda lm, layer, *rest: measuring(lm, [layer], *rest))
+    monkeypatch.setattr(module, "second_moments", measuring)
+    found = locate(tiny_lm(), "rome", edits=FACTS[:2], traced=0, seconds=20.0)
+    assert (found.places, found.stopped) == ((), "time")
+
+
+def test_with_a_limit_each_block_s_second_moments_are_measured_when_its_turn_comes(monkeypatch):
+    passes = []
+    monkeypatch.setattr(
+        moments,
+        "_accumulate",
+        lambda lm, sites, *rest, of=moments._accumulate: passes.append(set(sites)) or of(lm, sites, *rest),
+    )
+    quick = create("rome", quick_settings(type(create("rome"))))
+    locate(tiny_lm(), quick, edits=FACTS, limit=1, layers=[0, 1, 2], seconds=1e6)
+    assert passes == [{0}, {1}, {2}]
+
+
+def test_tracing_takes_its_share_of_the_time_and_counts_what_it_traced(monkeypatch):
+    facts = [Fact("Rome lies in", "Rome", "Italy"), Fact("Oslo lies in", "Oslo", "Norway")]
+    monkeypatch.setattr(module, "known_facts", lambda lm, edits, **_: facts)
+    tried = sweeping(monkeypatch, lambda at: 0.5)
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    traced = []
+
+    def slowly(lm, fact, *, of=module.trace, **how):
+        traced.append(fact)
+        now[0] += 30
+        return of(lm, fact, **how)
+
+    monkeypatch.setattr(module, "trace", slowly)
+    lm = tiny_lm()
+    # Thirty seconds are more than a quarter of a hundred: the first fact is stopped at its first step.
+    found = locate(lm, "ft-m", edits=FACTS, seconds=100.0)
+    assert (found.traced, found.untraced) == (None, "there was no time for it")
+    assert len(tried) == 3, "the rest of the time is the sweep's"
+    assert found.complete
+    found = locate(lm, "ft-m", edits=FACTS, seconds=200.0)
+    assert (found.traced.facts, found.traced.of) == (1, 2)
+    assert len(traced) == 3
+    again = locate(tiny_lm(), "ft-m", edits=FACTS).traced
+    assert (again.facts, again.of, len(traced)) == (2, 2, 4), "the first fact was kept"
+    assert again.effects != found.traced.effects
+
+
+def test_an_interruption_keeps_what_was_found_if_that_is_wanted(monkeypatch):
+    class Stopped(Planted):
+        def make(self, lm, edits, config, progress):
+            if config.layer == 2:
+                raise KeyboardInterrupt
+            return super().make(lm, edits, config, progress)
+
+    with pytest.raises(KeyboardInterrupt):
+        locate(tiny_lm(), Stopped(), edits=FACTS)
+    lm = tiny_lm()
+    before = Snapshot.of(lm)
+    found = locate(lm, Stopped(), edits=FACTS, interruptible=True)
+    assert before.differences(lm) == []
+    assert [place.layers for place in found.places] == [(0,)]
+    assert (found.stopped, found.preliminary) == ("interrupt", True)
+
+
+def test_what_will_be_done_is_told():
+    lm = deep_lm(24)
+    said = module.outline(lm, create("rome"), traced=24, seconds=1200.0)
+    assert "causal tracing of up to 24 facts" in said
+    assert (
+        "up to 8 facts edited with rome, one at a time, at every second of the 24 blocks, then around the best" in said
+    )
+    assert "second moments" in said
+    assert "20 minutes at most, of which tracing takes 5 minutes at most" in said
+    said = module.outline(lm, create("ft-m"), layers=[1], limit=1, traced=0)
+    assert said == "deep-24: up to 1 fact edited with ft-m, one at a time, at 1 block."
 
 
 def test_methods_of_several_blocks_are_tried_with_windows(monkeypatch):
@@ -305,7 +438,7 @@ def test_a_window_is_as_wide_as_the_method_s_own(monkeypatch):
 def test_a_real_window_is_edited_and_resolved():
     lm = tiny_lm()
     method = create("lora", layers=[0, 1], steps=40, lr=2e-2)
-    found = locate(lm, method, edits=FACTS[1:], layers=[1])
+    found = locate(lm, method, edits=FACTS, layers=[1])
     assert found.chosen == (1, 2)
     keep(lm, found)
     assert create("lora").resolve(lm).layers == (1, 2)
@@ -354,7 +487,7 @@ def test_they_agree_where_tracing_s_block_is_among_those_chosen(monkeypatch):
     [([], []), ([3.0], [1]), ([0.5, 0.1, 0.5, 0.9], [2.5, 1, 2.5, 4]), ([2.0, 2.0, 2.0], [2, 2, 2])],
 )
 def test_ranks(values, ranks):
-    assert module._ranks(values) == ranks
+    assert result._ranks(values) == ranks
 
 
 def test_what_is_the_same_everywhere_has_no_rank_correlation(monkeypatch):
@@ -375,7 +508,7 @@ def test_tracing_itself_is_asked_once_and_kept(monkeypatch):
     assert found.effects == pytest.approx(own.effects[ROLES.index("last subject token")].tolist())
     assert (found.part, found.window, found.facts) == ("mlp", own.window, 1)
     assert found.suggested == suggested_layer(own)
-    monkeypatch.setattr(module, "trace_all", None)
+    monkeypatch.setattr(module, "trace", None)
     assert locate(tiny_lm(), "ft-m", edits=FACTS).traced == found
 
 

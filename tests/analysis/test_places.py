@@ -11,26 +11,22 @@ from hypothesis.extra import numpy as arrays
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from factpatch.analysis import places_alike
+from factpatch.analysis.changed_values import _most_changed, read_values
 from factpatch.analysis.facts import Fact, from_telling
-from factpatch.analysis.places import (
+from factpatch.analysis.places import compare_places
+from factpatch.analysis.places_alike import (
     LEVELS,
     MEASURES,
     Group,
     LevelComparison,
-    Triple,
-    Wording,
-    _most_changed,
     compare_levels,
-    compare_places,
     cosine,
-    counterfacts,
     jaccard,
-    known_triples,
     overlap,
-    read_triples,
-    read_values,
     relative_similarity,
 )
+from factpatch.analysis.places_facts import Triple, Wording, counterfacts, known_triples, read_triples
 from factpatch.analysis.tracing import ROLES, average, trace
 from factpatch.edits import Edit
 from factpatch.errors import BadFile, BadRecord, CannotEdit
@@ -320,8 +316,33 @@ def test_known_wordings_only(triples):
         "English",
     }
     assert [one.via for one in known if one.entity == "Derby"] == [None, None, None, None, "country"]
-    few = known_triples(lm, triples, limit=4, wordings=1)
-    assert [one.fact.prompt for one in few] == [triples[i].prompts[0] for i in range(4)]
+    few = known_triples(lm, triples, wordings=1)
+    assert [one.fact.prompt for one in few] == [triple.prompts[0] for triple in triples]
+
+
+@pytest.mark.parametrize("limit", range(2, 19))
+def test_however_few_facts_hold_related_and_unrelated_ones(triples, limit):
+    known = known_triples(taught(), triples)
+    own = places_alike.few(known, limit)
+    assert sum(one.first for one in own) == limit
+    assert own == [one for one in known if one in own], "in their order, with all their wordings"
+    compared = places_alike.compare_levels("maps", torch.zeros(len(own), len(own)), own)
+    assert compared
+    firsts = [one for one in known if one.first]
+    if any(places_alike._unrelated(a, b) for a in firsts[:limit] for b in firsts[:limit]) and limit > 3:
+        assert [one for one in own if one.first] == firsts[:limit], "no others than the first where these will do"
+
+
+def test_without_a_limit_all_are_compared(triples):
+    known = known_triples(taught(), triples)
+    assert places_alike.few(known, None) == places_alike.few(known, 18) == known
+
+
+def test_where_the_limit_leaves_too_little_it_is_named(triples):
+    with pytest.raises(
+        BadFile, match="knows 18 of these 18 facts, of which the limit leaves 1; .*\n  Raise --limit, up to 18"
+    ):
+        compare_places(taught(), triples, limit=1)
 
 
 def test_counterfacts_take_another_answer_of_the_relation(triples):

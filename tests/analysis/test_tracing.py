@@ -441,3 +441,17 @@ def test_a_chat_is_traced_in_its_template():
     found = trace(lm, FACT, samples=1, chat=True)
     assert "".join(found.tokens).startswith("[user]In Rome now>")
     assert "".join(found.tokens[slice(*found.subject)]) == "Rome"
+
+
+def test_progress_over_several_facts_is_one():
+    facts = [Fact("Rome lies in", "Rome", "Italy"), Fact("It is said of Oslo that it lies far in", "Oslo", "Norway")]
+    told = []
+    trace_all(tiny_lm(), facts, samples=2, progress=lambda doing, done, total: told.append((doing, done, total)))
+    assert len({(doing, total) for doing, _, total in told}) == 1
+    done = [done for _, done, _ in told]
+    assert done == sorted(done)
+    assert done[0] == 0
+    assert done[-1] == told[-1][2]
+    ends = [len(prompt) - prompt.index(subject) for prompt, subject in ((fact.prompt, fact.subject) for fact in facts)]
+    middle = told[-1][2] * ends[0] / sum(ends)
+    assert any(abs(each - middle) <= 0.1 * told[-1][2] for each in done), "the longer prompt counts for more"

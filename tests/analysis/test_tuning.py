@@ -9,6 +9,7 @@ from factpatch.analysis.tuning import FACTS, read_preset, tune
 from factpatch.edits import Edit
 from factpatch.errors import BadConfig, BadFile, CannotEdit
 from factpatch.methods import create
+from factpatch.methods.ft import FtM
 from factpatch.scoring import Scorer
 from factpatch.testing import Snapshot, tiny_lm
 
@@ -58,6 +59,20 @@ def test_what_only_fits_the_search_is_not_kept(by_rate):
     assert "lr" not in found.preset.settings
 
 
+def test_what_only_takes_less_time_is_not_called_better(monkeypatch):
+    asked = []
+
+    def trial(self, settings, facts):
+        asked.append(facts)
+        return tuning.Trial(settings=dict(settings), score=0.5, measures={}, seconds=0 if settings else 9)
+
+    monkeypatch.setattr(tuning._Search, "trial", trial)
+    found = tune(tiny_lm(), "ft-m", FACTS_OF, seconds=0.2, limit=3)
+    assert len(found.trials) > 1
+    assert (found.best, found.changed, found.better) == (found.start, False, False)
+    assert asked.count(asked[-1]) == 1, "what is the same is judged once"
+
+
 def test_a_seed_fixes_what_is_tried_and_given_settings_stay(by_rate):
     by_rate()
     one, other = (tune(tiny_lm(), create("ft-m", {"layer": "1"}), FACTS_OF, seconds=0.3, limit=2) for _ in "ab")
@@ -105,6 +120,20 @@ def test_a_preset_is_read_again_and_its_settings_are_the_methods(tmp_path, by_ra
         read_preset(tmp_path / "none.json")
 
 
+def test_a_preset_holds_only_what_differs_from_the_defaults():
+    class Settings(FtM.config_type):
+        sizes: tuple[int, ...] = (3, 5)  # of which JSON makes a list
+
+    class Own(FtM):
+        name = "own"
+        config_type = Settings
+
+    search = tuning._Search(tiny_lm(), Own(), FACTS_OF, 2, 0, lambda *_: None)
+    held = [tuning.Trial(settings={}, score=0.5, measures={}, seconds=0)]
+    assert search.preset({"steps": 3}, held, 1, 0).settings.keys() == {"steps"}
+    assert search.preset({"sizes": (3, 6)}, held, 1, 0).settings["sizes"] == [3, 6]
+
+
 def test_what_cannot_be_tuned_is_refused():
     lm = tiny_lm()
     with pytest.raises(CannotEdit, match="learns an editor"):
@@ -113,4 +142,6 @@ def test_what_cannot_be_tuned_is_refused():
         tune(lm, "ice", FACTS_OF)
     with pytest.raises(CannotEdit, match="four at least"):
         tune(lm, "rome", [edit.model_copy(update={"subject": None}) for edit in FACTS_OF])
+    with pytest.raises(CannotEdit, match="one to search with"):
+        tune(lm, "ft-m", FACTS_OF, limit=0)
     assert FACTS >= 4

@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from factpatch.errors import BadFile, UnknownModel, WrongBase
 from factpatch.methods import create
 from factpatch.patches import ContextPatch, Dense, LowRank, Note, Provenance, Sparse, WeightPatch, merge
 from factpatch.patches.codebook import CodebookPatch
+from factpatch.report import plots
+from factpatch.report import weights as pictures
 from factpatch.report.weights import save_weight_pictures
 from factpatch.testing import Snapshot, tiny_edits, tiny_lm
 
@@ -311,7 +314,7 @@ def test_a_patch_that_changes_no_weights_says_what_it_adds(lm):
     assert rows[0].adds == ("model.layers.1.mlp.down_proj: a codebook of 2 entries",)
     assert rows[0].numbers == 2 * 48 + 2 + 2 * 32
     assert (rows[1].numbers, rows[1].touched, rows[1].matrices) == (0, 0, ())
-    assert "1 notes before it" in rows[1].adds[0]
+    assert "1 note before it" in rows[1].adds[0]
     with pytest.raises(WrongBase, match="was made for"):
         weight_changes(other, {"book": book})
     with pytest.raises(WrongBase, match="was made for"):
@@ -550,3 +553,34 @@ def test_what_is_no_checkpoint_is_refused(base, lm, tmp_path):
         open_checkpoint(folder)
     with pytest.raises(UnknownModel, match="no such folder"):
         open_checkpoint(tmp_path / "nowhere")
+
+
+def test_an_empty_tensor_is_no_copy_of_another():
+    one = {"weight": torch.eye(2), "empty": torch.zeros(0, 2)}
+    found = compare(one, one | {"more": torch.zeros(0, 2)})
+    assert (found.only_b, found.tied, found.equal) == (("more",), {}, 2)
+
+
+def test_patches_of_one_block_stand_side_by_side_and_ticks_are_plain_numbers(lm):
+    name = next(n for n, p in lm.model.named_parameters() if n.endswith("mlp.down_proj.weight"))
+    shape = tuple(dict(lm.model.named_parameters())[name].shape)
+    report = weight_changes(lm, {str(i): patch_of(lm, {name: low_rank(shape, 3, seed=i)}) for i in range(3)})
+    changes = {patch.name: patch for patch in report.patches}
+    with pytest.MonkeyPatch.context() as patcher:
+        seen = []
+        figure = plots.figure
+
+        @contextmanager
+        def keeping(*args):
+            with figure(*args) as (axes, drawn):
+                seen.append(axes)
+                yield axes, drawn
+
+        patcher.setattr(pictures, "figure", keeping)
+        svgs = [pictures.by_block(changes), pictures.spectra(changes)]
+    blocks, values = seen
+    across = [[x for x, y in zip(*line.get_data(), strict=True) if y == y] for line in blocks.get_lines()]  # noqa: PLR0124
+    assert len({x for own in across for x in own}) == 3
+    assert all(abs(x - round(x)) < 0.5 for own in across for x in own)
+    assert [label.get_text() for label in values.get_xticklabels()] == ["1", "2"]
+    assert not any("mathdefault" in svg or "× 10" in svg for svg in svgs)

@@ -99,7 +99,7 @@ def test_it_is_told_before_the_work_that_nothing_can_be_drawn(monkeypatch, tmp_p
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        ([], "give --patch"),
+        ([], "Give --patch"),
         (["--patch", "nowhere"], "nowhere"),
         (["--patch", "nowhere", "--attacks", "telepathy"], "All attacks"),
         (["--patch", "nowhere", "--limit", "1"], "belong to --data"),

@@ -129,6 +129,8 @@ def test_runs_are_compared(model, data, tmp_path):
     code, out, _ = run("compare", tmp_path / "a", tmp_path / "c")
     assert code == 1
     assert "share no method" in out
+    code, out, _ = run("compare", tmp_path / "a", tmp_path / "c", "--json")
+    assert (code, json.loads(out)) == (1, [])
 
 
 def test_a_grid_file_and_what_is_said_beside_it(model, data, tmp_path):

@@ -1,15 +1,18 @@
 """Every command over a tiny model on disk, and what is said and left behind when the input is bad."""
 
+import io
 import json
 import subprocess
 import sys
 
 import pytest
 import typer
+from rich.console import Console
 
-from factpatch.cli import demo
+from factpatch.cli import options, terminal
 from factpatch.cli.app import app
 from factpatch.cli.terminal import print_json
+from factpatch.lm.catalog import DEFAULT_MODEL
 from factpatch.testing import tiny_lm
 from tests.cli.conftest import run
 
@@ -101,7 +104,7 @@ def test_score_with_a_method_prints_one_row_for_each_protocol(model, facts):
 def test_score_with_a_patch_and_with_neither(model, facts, patch):
     code, out, _ = run("score", "-m", model, "--patch", patch, "--data", facts, "--limit", 1)
     assert code == 0
-    assert "1 edits" in out
+    assert "1 edit," in out
     rows = json.loads(run("score", "-m", model, "--data", facts, "--json")[1])
     assert rows[0]["method"] == "none"
     assert rows[0]["locality"] == 1
@@ -133,7 +136,9 @@ def test_lists(args, words):
 
 
 def test_models_show_prints_the_anatomy(model):
-    assert "mlp.down_proj" in run("models", "show", model)[1]
+    out = run("models", "show", model)[1]
+    assert "mlp.down_proj" in out
+    assert f"folder  {model}\n" in out
     assert json.loads(run("models", "show", model, "--json")[1])["layers"] == 3
 
 
@@ -397,7 +402,7 @@ def test_one_edit_on_the_command_line_can_bring_its_probes(model, tmp_path):
 def test_an_edit_that_does_not_take_comes_with_advice(model, tmp_path):
     code, out, _ = run("edit", "-m", model, "--method", "ft-m", *QUICK, *EDIT, "--out", tmp_path / "p")
     assert code == 1
-    assert '"Rome lies in"' in out, "the next command asks what was edited"
+    assert "'Rome lies in'" in out, "the next command asks what was edited"
     assert "Try other settings (factpatch methods ft-m)" in out
 
 
@@ -446,23 +451,25 @@ def test_a_merged_adapter_answers_as_the_adapter_does(model, tmp_path):
 
 def test_a_misspelt_field_is_named(tmp_path):
     (tmp_path / "facts.jsonl").write_text('{"prompt": "Rome lies in", "targett": "Peru"}')
-    code, _, err = run("data", "show", tmp_path / "facts.jsonl")
-    assert code == 2
-    assert '"targett"' in err
+    for more in ([], ["--json"]):
+        code, out, err = run("data", "show", tmp_path / "facts.jsonl", *more)
+        assert code == 2
+        assert '"targett"' in err
+    assert '"targett"' in json.loads(out)["problem"]
 
 
 @pytest.mark.parametrize(
-    ("found", "argv", "typed"),
+    ("found", "argv", "words"),
     [
         (True, "/venv/bin/factpatch", "factpatch"),
         (False, ".venv/bin/factpatch", ".venv/bin/factpatch"),
         (False, "-c", "factpatch"),
     ],
 )
-def test_the_demo_names_a_command_that_can_be_typed(monkeypatch, found, argv, typed):
-    monkeypatch.setattr(demo.shutil, "which", lambda _: argv if found else None)
-    monkeypatch.setattr(demo.sys, "argv", [argv])
-    assert demo.command_to_type() == typed
+def test_a_command_is_told_as_it_can_be_typed(monkeypatch, found, argv, words):
+    monkeypatch.setattr(terminal.shutil, "which", lambda _: argv if found else None)
+    monkeypatch.setattr(terminal.sys, "argv", [argv])
+    assert terminal.typed("ask", "--patch", "my patch", "Why?") == f"{words} ask --patch 'my patch' 'Why?'"
 
 
 def test_a_merge_tells_scripts_what_it_wrote(model, patch, tmp_path):
@@ -487,3 +494,101 @@ def test_numbers_that_json_does_not_have_are_texts(capsys):
         "a": ["Infinity", "-Infinity", ["NaN", 1.5]],
         "b": {"c": True, "d": None},
     }
+
+
+def test_the_default_model_is_the_catalogues():
+    assert options.DEFAULT_MODEL == DEFAULT_MODEL
+
+
+def test_data_list_points_at_what_lists_them():
+    code, _, message = run("data", "list")
+    assert code == 2
+    assert "They are listed by:  factpatch data" in message
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_long_texts_stand_in_blocks_where_the_terminal_is_narrow(monkeypatch, width):
+    shown = Console(width=width, file=io.StringIO())
+    monkeypatch.setattr(terminal, "out", shown)
+    row = (
+        "✓ edit",
+        "The official language of the country of France is",
+        "French, which is spoken by all",
+        "Basque, of course",
+    )
+    shown.print(terminal.probe_lines(("  probe", "prompt", "before", "after"), [row, row]))
+    lines = shown.file.getvalue().splitlines()
+    assert all(any(text in line for line in lines) for text in row), "no text is broken"
+    assert len(lines) == (8 if width == 80 else 3)
+
+
+INTERRUPTED = """
+import os, signal, sys
+{before}
+from factpatch.cli import main
+sys.argv = ["factpatch", *sys.argv[1:]]
+main()
+"""
+ON_IMPORT = """
+import importlib.abc
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == {name!r}:
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                while True:
+                    pass
+            except KeyboardInterrupt:
+                if {hidden}:
+                    raise SystemError("a library made this of it")
+                raise
+sys.meta_path.insert(0, Finder())
+"""
+
+
+def interrupted(before, *args):
+    command = [sys.executable, "-c", INTERRUPTED.format(before=before), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(("name", "hidden"), [("typer", False), ("torch", False), ("torch", True)])
+def test_an_interruption_in_the_first_moments_is_one_line(name, hidden):
+    found = interrupted(ON_IMPORT.format(name=name, hidden=hidden), "ask", "x")
+    assert (found.returncode, found.stdout, found.stderr) == (130, "", "Interrupted.\n")
+
+
+def test_an_interrupted_edit_says_that_nothing_was_written(model, tmp_path):
+    args = ("edit", "-m", model, "--method", "ft-m", *EDIT, "--out", tmp_path / "p")
+    found = interrupted(
+        ON_IMPORT.format(name="factpatch.data.questions", hidden=False), *args, "--require", "mergeable"
+    )
+    assert (found.returncode, found.stdout) == (130, "")
+    assert found.stderr.splitlines()[-1] == "Interrupted."
+    patched = (
+        "import factpatch.lm as lm\nwas = lm.load_or_connect\n"
+        "def load(*args, **more):\n    os.kill(os.getpid(), signal.SIGINT)\n    return was(*args, **more)\n"
+        "lm.load_or_connect = load"
+    )
+    found = interrupted(patched, *args)
+    assert (found.returncode, found.stdout) == (130, "")
+    assert found.stderr.splitlines() == [f"Interrupted; nothing was written to {tmp_path / 'p'}."]
+    assert not (tmp_path / "p").exists()
+
+
+def test_an_interrupted_accept_says_what_still_waits(model, tmp_path):
+    space = tmp_path / "w"
+    assert (
+        run("init", space, "-m", model, "--require", "edit_success>=0", "--no-propose", "--method", "ft-m", *QUICK)[0]
+        == 0
+    )
+    assert run("propose", "-C", space, *EDIT)[0] == 0
+    patched = (
+        "from factpatch.workspace.store import Store\n"
+        "def proposal(*_):\n    os.kill(os.getpid(), signal.SIGINT)\n"
+        "Store.proposal = proposal"
+    )
+    found = interrupted(patched, "accept", "-C", space)
+    assert (found.returncode, found.stdout) == (130, "")
+    told = "Interrupted; the workspace is as it was, proposal 1 still waits."
+    assert found.stderr.splitlines()[-1] == told
+    assert run("accept", "-C", space)[0] == 0

@@ -37,6 +37,10 @@ def test_an_adapter_tells_its_ranks(model, tmp_path):
     code, _, message = run(*args)
     assert code == 2
     assert "already there" in message
+    code, out, _ = run(*args[:-2], tmp_path / "b")
+    assert code == 0
+    assert f'base = AutoModelForCausalLM.from_pretrained("{model}")' in out
+    assert f'PeftModel.from_pretrained(base, "{tmp_path / "b"}")' in out
 
 
 def test_what_cannot_be_exported_says_what_can(model, tmp_path):
@@ -44,6 +48,7 @@ def test_what_cannot_be_exported_says_what_can(model, tmp_path):
     code, _, message = run("export", "checkpoint", "-m", model, "--patch", patch, "--out", tmp_path / "m")
     assert code == 2
     assert "not a change of weights" in message
+    assert "factpatch edit --require mergeable" in message
     code, _, message = run("export", "gguf", "-m", model, "--patch", patch, "--out", tmp_path / "m.gguf")
     assert code == 2
     assert "--template" in message
@@ -74,6 +79,7 @@ def test_nothing_to_export_and_what_does_not_go_together_are_refused(space, mode
     for args, why in (
         (("-C", empty), "no patch lies on its model"),
         (("-C", space, "--dtype", "bfloat16"), "--dtype"),
+        (("-C", space, "--model", model), "--model: a workspace has its own"),
     ):
         code, _, message = run("export", "checkpoint", *args, "--out", tmp_path / "m")
         assert (code, why in message) == (2, True), message

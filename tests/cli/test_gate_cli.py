@@ -18,6 +18,7 @@ def test_what_passes_is_saved_with_its_scorecard(model, tmp_path):
     assert "✓ survey.edit_success>=1: 1" in out
     assert "✓ mergeable: yes" in out
     assert "probes were proposed, not written" in out
+    assert "1 edit with ft-m" in out
     assert "Proposed: wording" in out
     described = json.loads((tmp_path / "p" / "patch.json").read_text())
     kinds = {row["kind"] for row in described["scorecard"]["scores"] if row.get("kind")}
@@ -85,3 +86,29 @@ def test_a_requirement_that_cannot_be_read_is_refused_before_the_work(model, tmp
     code, _, message = run("edit", "-m", model, *FACT, "--require", text, "--out", tmp_path / "p")
     assert code == 2
     assert said in message
+
+
+def test_auto_tells_each_verdict_on_the_way_and_of_a_patch_beside_the_weights(model, tmp_path):
+    args = ("edit", "-m", model, *FACT, "--method", "auto", "--require", "edit_success>=0", "--no-propose")
+    code, out, err = run(*args, "--out", tmp_path / "p")
+    assert code == 0
+    first = out.splitlines()[0]
+    assert ": passed (" in first
+    assert first in err
+    assert "cannot be merged or exported. For one that can:  --require mergeable" in out
+    code, out, _ = run(*args, "--require", "mergeable", "--out", tmp_path / "q", "--minutes", 0)
+    assert code == 1
+    assert "0 minutes were up" in out
+
+
+def test_minutes_belong_to_auto(model, tmp_path):
+    code, _, message = run("edit", "-m", model, *FACT, *GOOD, "--minutes", 1, "--out", tmp_path / "p")
+    assert (code, '"--minutes": belongs to --method auto' in message) == (2, True)
+
+
+def test_a_subject_that_is_not_in_the_prompt_says_what_to_give(model, tmp_path):
+    fact = ("--subject", "Spain", "--prompt", "The capital of Portugal is", "--target", "Porto")
+    code, _, message = run("edit", "-m", model, *fact, "--out", tmp_path / "p")
+    assert code == 2
+    assert 'the command line, "--subject": expected a part of the prompt' in message
+    assert message.splitlines()[1].startswith("  Give the words by which the prompt itself names")

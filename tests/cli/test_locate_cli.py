@@ -44,13 +44,14 @@ def test_it_prints_the_blocks_and_the_choice_keeps_it_and_draws_it(model, facts,
 
 
 def test_json_and_nothing_kept(model, facts):
-    args = ("locate", "-m", model, *QUICK, "--data", facts, "--layers", "1", "--no-trace", "--no-keep", "--json")
+    args = ("locate", "-m", model, *QUICK, "--data", facts, "--layers", "2", "--no-trace", "--no-keep", "--json")
     code, out, _ = run(*args)
     found = json.loads(out)
     assert code == 0
     assert [found.pop(name) for name in ("kept", "preset", "written", "skipped_records")] == [None, None, [], 0]
     assert found.pop("preliminary") is True, "a single place was tried"
-    assert Located.model_validate(found).chosen == (1,)
+    assert found.pop("complete") is True
+    assert Located.model_validate(found).chosen == (2,)
     assert found["untraced"] == "not asked for"
     assert not list((cache_root() / "located").glob("*.json"))
 
@@ -76,7 +77,7 @@ def test_exits_with_1_where_no_edit_holds(model, facts):
     ],
 )
 def test_what_is_wrong_is_told_before_any_work(model, monkeypatch, args, message):
-    monkeypatch.setattr("factpatch.analysis.locate.trace_all", None)
+    monkeypatch.setattr("factpatch.analysis.locate.trace", None)
     monkeypatch.setattr("factpatch.analysis.locate.each_alone", None)
     code, out, error = run("locate", "-m", model, *args)
     assert code == 2
@@ -93,6 +94,7 @@ def found():
         return Place(
             layers=(layer,),
             score=success,
+            survey_score=success,
             support=success,
             survey=numbers,
             open=numbers,
@@ -103,8 +105,8 @@ def found():
 
     return Located(
         model="tiny", fingerprint="f", method="rome", field="layer", config={}, facts=("a",), facts_sha256="", seed=0,
-        rule="", places=(place(0, 0.2), place(1, 0.8)), complete=False, chosen=(1,),
-        traced=Traced(part="mlp", window=1, facts=3, effects=(0.0, 0.01, 0.02), suggested=2), untraced="",
+        rule="", places=(place(0, 0.2), place(1, 0.8)), stopped="time", chosen=(1,),
+        traced=Traced(part="mlp", window=1, facts=3, of=5, effects=(0.0, 0.01, 0.02), suggested=2), untraced="",
         agree=False, rank_correlation=-0.25, versions={},
     )  # fmt: skip
 
@@ -115,17 +117,19 @@ def test_tracing_s_suggestion_stands_beside_the_choice(found, capsys):
     _show(found)
     out = capsys.readouterr().out
     assert "chosen: block 1, score 0.800" in out
-    assert "tracing suggests: block 2, from 3 known facts; it was not tried" in out
+    assert "tracing suggests: block 2, from 3 known facts (there was no time for 2 more); it was not tried" in out
     assert "they do not agree" in out
     assert "rank correlation of score and tracing's effect over the places tried: -0.25" in out
-    assert "stopped for time" in out
+    assert "stopped, for the time was up, with 2 places tried and others left" in out
     _show(
         found.model_copy(
             update={"chosen": (0,), "agree": True, "traced": found.traced.model_copy(update={"suggested": 0})}
         )
     )
     out = capsys.readouterr().out
-    assert "tracing suggests: block 0, from 3 known facts; edits there score 0.200" in out
+    assert (
+        "tracing suggests: block 0, from 3 known facts (there was no time for 2 more); edits there score 0.200" in out
+    )
     assert "they agree" in out
 
 
@@ -162,27 +166,27 @@ def test_a_preset_that_goes_before_the_choice_is_told(model, facts, monkeypatch)
     from factpatch.methods.ft import FtM
 
     monkeypatch.setattr(FtM, "presets", (Preset(tiny_lm().shape, {"layer": 0}, "a test"),))
-    _, out, _ = run("locate", "-m", model, *QUICK, "--data", facts, "--layers", "1", "--no-trace")
-    assert "a preset fits this model and goes before it (a test); to use what was found: --set layer=1" in out
+    _, out, _ = run("locate", "-m", model, *QUICK, "--data", facts, "--layers", "2", "--no-trace")
+    assert "a preset fits this model and goes before it (a test); to use what was found: --set layer=2" in out
 
 
 def test_records_that_cannot_be_read_are_left_out_if_wanted(model, facts):
     facts.write_text(facts.read_text() + "\n{}\n")
-    args = ("locate", "-m", model, *QUICK, "--data", facts, "--layers", "1", "--no-trace", "--no-keep")
+    args = ("locate", "-m", model, *QUICK, "--data", facts, "--layers", "2", "--no-trace", "--no-keep")
     assert run(*args)[0] == 2
     code, out, _ = run(*args, "--skip-invalid")
-    assert (code, "1 records could not be read" in out) == (0, True)
+    assert (code, "1 record could not be read, left out" in out) == (0, True)
     assert json.loads(run(*args, "--skip-invalid", "--json")[1])["skipped_records"] == 1
 
 
 def test_json_names_what_was_written(model, facts, tmp_path):
-    args = ("--data", facts, "--layers", "1", "--no-trace", "--no-keep", "--json", "--out", tmp_path / "o")
+    args = ("--data", facts, "--layers", "2", "--no-trace", "--no-keep", "--json", "--out", tmp_path / "o")
     _, out, _ = run("locate", "-m", model, *QUICK, *args)
     assert json.loads(out)["written"] == [str(tmp_path / "o" / f"layers.{end}") for end in ("svg", "csv")]
 
 
 def test_a_choice_that_rests_on_little_is_said_to(model, facts):
-    args = ("locate", "-m", model, *QUICK, "--data", facts, "--layers", "1", "--no-trace")
+    args = ("locate", "-m", model, *QUICK, "--data", facts, "--layers", "2", "--no-trace")
     assert "as preliminary: it rests on little" in run(*args)[1].replace("\n", " ")
     assert "not kept: it is preliminary" in run(*args)[1]
 
@@ -191,3 +195,36 @@ def test_what_cannot_be_drawn_is_told_before_the_model_is_loaded(tmp_path, facts
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     code, _, err = run("locate", "-m", tmp_path / "no-model", "--data", facts, "--out", tmp_path / "o")
     assert (code, "needs Matplotlib" in err) == (2, True)
+
+
+def test_what_will_be_done_is_told_before_and_both_scores_are_shown(model, facts):
+    args = ("--data", facts, "--layers", "2", "--no-trace", "--no-keep", "--minutes", "30")
+    _, out, err = run("locate", "-m", model, *QUICK, *args)
+    assert "tiny: up to 8 facts edited with ft-m, one at a time, at 1 block. It takes" in err
+    first, second = out.split("survey protocol")
+    assert "open protocol, which decides" in first
+    assert all("score" in part.partition("edit success")[0] for part in (first, second))
+
+
+def test_loading_counts_for_the_time_and_no_block_at_all_may_be_tried(model, facts):
+    code, out, _ = run("locate", "-m", model, *QUICK, "--data", facts, "--no-trace", "--minutes", "0")
+    assert code == 1
+    assert "stopped, for the time was up, before any place was tried; the same command goes on from here" in out
+    assert not list((cache_root() / "located").glob("*.json"))
+
+
+def test_what_was_found_before_an_interruption_is_told_and_kept(model, facts, monkeypatch):
+    from factpatch.methods.ft import FtM
+
+    def make(self, lm, edits, config, progress, of=FtM.make):
+        if config.layer == 0:
+            raise KeyboardInterrupt
+        return of(self, lm, edits, config, progress)
+
+    monkeypatch.setattr(FtM, "make", make)
+    args = ("--data", facts, "--layers", "2,0", "--no-trace")
+    code, out, _ = run("locate", "-m", model, *QUICK, *args)
+    assert code == 130
+    assert "chosen: block 2" in out
+    assert "stopped, for it was interrupted, with 1 place tried and others left" in out
+    assert "as preliminary" in out

@@ -40,6 +40,15 @@ def test_tables_sentences_and_pictures(knowing, world, tmp_path):
     assert len(json.loads((out / "places.json").read_text())["values"]) == 1
 
 
+@pytest.mark.parametrize("limit", [2, 4])
+def test_few_facts_can_be_compared_too(knowing, world, limit):
+    args = ("--facts", world, "--edits", 0, "--json", *QUICK[:-1], limit)
+    code, said, _ = run("analyse", "places", "--model", knowing, *args)
+    assert code == 0
+    assert json.loads(said)["facts"] == limit
+    assert json.loads(said)["levels"]
+
+
 def test_json_alone(knowing, world):
     code, said, _ = run("analyse", "places", "--model", knowing, "--facts", world, "--edits", 0, "--json", *QUICK)
     found = json.loads(said)

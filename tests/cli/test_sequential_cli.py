@@ -41,8 +41,13 @@ def test_results_pictures_and_a_second_run_that_finds_them(model, facts, questio
         "perplexity ratio  weights moved by",
         "Where each one breaks",
         "Broken at the first checkpoint",
+        "canary facts",
+        "the canary facts are left: the questions that the unedited model answers rightly",
+        "2 patches asked for",
     ):
-        assert word in out
+        assert word in out.replace("\n", " ") or word in out
+    (unedited, *_) = (line.split() for line in out.splitlines() if line.startswith("unedited"))
+    assert unedited == ["unedited", "0", "1.00", "0.0000", "–", "1", "of", "1"]
     names = {path.name for path in folder.iterdir()}
     for name in ("success-open", "success-survey", "age-open", "locality-open", "perplexity", "norm", "guard"):
         assert {f"{name}.svg", f"{name}.csv"} <= names

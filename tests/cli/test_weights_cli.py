@@ -32,7 +32,7 @@ def test_patches_side_by_side(model, patches, tmp_path):
     assert "rome, weight patch: rank 1 in one matrix (block 1)" in out
     assert "ft-m, weight patch: dense in one matrix (block 1)" in out
     assert "ice, context patch: changes no weights" in out
-    assert "adds what is asked: 1 notes before it, all" in out
+    assert "adds what is asked: 1 note before it, all" in out
     assert "rome, ft-m" in out  # and ice, which has no weights, is in no pair
     assert "ice," not in out.replace("ice, context", "")
     assert (tmp_path / "pictures" / "by-block.svg").is_file()
@@ -123,3 +123,11 @@ def test_inspect_tells_of_types_and_refuses_patches(model, patches, tmp_path):
     code, _, message = run("inspect", model, patches / "rome")
     assert code == 2
     assert "a patch, not a checkpoint" in message
+
+
+def test_inspect_draws_by_the_names_of_the_two():
+    from factpatch.cli.inspect import _difference
+
+    assert _difference("base/model.safetensors", "tuned.safetensors") == "tuned.safetensors − model.safetensors"
+    assert _difference("runs/one", "runs/two/") == "two − one"
+    assert _difference("a/model", "b/model") == "b/model − a/model"

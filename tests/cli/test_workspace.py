@@ -1,13 +1,17 @@
 """The workspace's commands over a tiny model on disk."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
+import factpatch.methods
 from factpatch.cli import workspace
 from factpatch.errors import FactpatchError
+from factpatch.workspace import Workspace
+from tests.workspace import planted
 
 FT = ["--method", "ft-m", "--set", "steps=40", "--set", "lr=0.03", "--set", "layer=1"]
 NEEDS = ["--require", "survey.edit_success>=0.9", "--no-propose"]
@@ -56,14 +60,16 @@ def test_the_whole_loop(space, tmp_path):
     assert "✓ survey.edit_success>=0.9: 1" in out
     assert "factpatch accept 1" in out
     _, out, _ = run("list")
-    assert "0 patches, 1 proposals" in out
+    assert "0 patches, 1 proposal\n" in out
     assert "Rome lies in → Peru" in out
-    code, out, _ = run("accept", 1)
+    assert "ticket 12" in out
+    code, out, _ = run("accept", "--message", "checked by hand")
     assert code == 0
     assert "Accepted as entry 2" in out
+    assert "earlier" not in out
     _, out, _ = run("log")
     assert out.index("accept") < out.index("init")
-    assert "ticket 12" in out
+    assert "    Rome lies in → Peru\n    ticket 12\n    checked by hand\n" in out
     code, out, _ = run("diff", 1)
     assert code == 0
     assert "+ Rome lies in → Peru" in out
@@ -80,6 +86,7 @@ def test_the_whole_loop(space, tmp_path):
     code, out, _ = run("verify")
     assert code == 0
     assert "3 entries" in out
+    assert f"factpatch verify --expect {done('log')['entries'][-1]['hash']}\n" in out
 
 
 def test_json_of_everything(two, tmp_path):
@@ -89,6 +96,9 @@ def test_json_of_everything(two, tmp_path):
     assert [row["prompt"] for row in done("diff", 2, 3, "--no-ask")["edits"]] == ["Oslo lies in"]
     assert done("checkout", "--at", 2, "--out", tmp_path / "c")["entry"] == 2
     assert done("verify", "--model", tmp_path / "c")["model"]["entry"] == 2
+    assert done("propose", "--patch", next((two / "patches").iterdir()), "--allow-conflicts")["proposal"]["number"] == 3
+    assert done("discard", 3) == {"discarded": 3}
+    assert done("list")["proposals"] == []
     assert done("revert", 3)["entry"]["reverts"] == 3
 
 
@@ -108,7 +118,9 @@ def test_a_conflict_exits_with_1_unless_it_is_allowed(two):
     other = [*ROME[:-1], "Cuba"]
     code, out, _ = run("propose", *other)
     assert code == 1
-    assert "! contradiction of edit" in out
+    assert out.count("contradiction of entry 2") == 1
+    assert '"Rome lies in" → "Peru", now "Rome lies in" → "Cuba"' in out
+    assert "factpatch revert 2; or have both: --allow-conflicts" in out
     assert done("propose", *other, "--allow-conflicts")["conflicts"][0]["kind"] == "contradiction"
 
 
@@ -122,12 +134,21 @@ def test_a_patch_folder_may_be_proposed(two, tmp_path):
     ("args", "words"),
     [
         (["list", "-C", "/nowhere"], "not a workspace"),
+        (["verify", "-C", "/nowhere"], "not a workspace"),
+        (["discard", 7], "proposal 7: there is none"),
+        (["propose", *ROME, "--set", "chat=true"], "factpatch init --chat"),
+        (["propose", *ROME, "--set", "@no-such.json"], "no-such.json: no such file"),
+        (["init", "new", "--set", "@no-such.json"], "no-such.json: no such file"),
         (["propose", "--prompt", "x"], "--target"),
         (["propose", "--patch", "p", "--prompt", "x"], "takes the place of"),
         (["propose", *ROME, "--method", "roem"], "Did you mean"),
         (["accept", 7], "proposal 7: there is none"),
         (["revert", 7], "entry 7: there is none"),
         (["revert", 1], "brought no patch in"),
+        (["accept"], "nothing waits to be accepted"),
+        (["propose", *ROME, "--minutes", "1"], "belongs to --method auto"),
+        (["verify", "--model", "nowhere"], "--model nowhere: there is no such folder"),
+        (["verify", "--expect", "abc"], "too short"),
         (["diff", 9], "the ledger has 1 to 1"),
         (["list", "--at", 9], "the ledger has 1 to 1"),
         (["checkout", "--out", "."], "already there"),
@@ -148,24 +169,152 @@ def test_damage_is_named_with_exit_1_and_the_rest_is_shown(two, tmp_path):
     code, out, error = run("log")
     assert code == 1
     assert "ledger/000003.json: was changed after it was written" in error
-    assert "accept" in out
+    lines = [line for line in out.splitlines() if not line.startswith("    ")]
+    assert lines[0].startswith("   3  damaged  was changed after")
+    assert [line.split()[1] for line in lines[1:]] == ["accept", "init"]
     code, out, _ = run("verify")
     assert code == 1
     assert "✗ ledger/000003.json" in out
+    assert "Put the file back from a copy" in out
+    assert "nothing in the ledger knows of it" not in out
     code, _, error = run("list")
     assert code == 2
     assert "--at 2" in error
-    assert "1 patches" in run("list", "--at", 2)[1]
-    (two / "workspace.json").write_text("{")
+    assert "1 patch, 0" in run("list", "--at", 2)[1]
+    (two / "workspace.json").write_text("{\n")
+    code, _, error = run("list")
+    assert (code, error.splitlines()[0]) == (
+        2,
+        "workspace.json: not JSON (EOF while parsing an object at line 2 column 0).",
+    )
     code, out, _ = run("verify", "--json")
     assert code == 1
     assert {fault["path"] for fault in json.loads(out)["faults"]} == {"workspace.json", "ledger/000003.json"}
 
 
 @pytest.mark.parametrize(
-    "command", ["init", "propose", "accept", "list", "diff", "revert", "log", "checkout", "verify"]
+    "command", ["init", "propose", "accept", "discard", "list", "diff", "revert", "log", "checkout", "verify"]
 )
 def test_help_has_examples(command):
     code, out, _ = run(command, "--help")
     assert code == 0
     assert f"factpatch {command}" in out
+
+
+def test_the_next_command_is_told_as_it_can_be_typed(model, tmp_path):
+    space = tmp_path / "my fäcts"
+    for args, told in (
+        (["init", space, "-m", model, *FT, *NEEDS], f"factpatch propose -C '{space}' --subject France"),
+        (["propose", "-C", space, *ROME], f"factpatch accept -C '{space}' 1"),
+        (["accept", "-C", space], f"factpatch revert -C '{space}' 2"),
+        (
+            ["checkout", "-C", space, "--out", space / "a model"],
+            f"factpatch verify -C '{space}' --model '{space}/a model'",
+        ),
+    ):
+        code, out, error = run(*args)
+        assert code == 0, (out, error)
+        assert told in out
+
+
+def test_a_damaged_proposal_is_listed_and_thrown_away(space):
+    done("propose", *ROME)
+    (space / "proposals" / "1" / "judgement.json").unlink()
+    code, out, error = run("list", "--json")
+    assert (code, json.loads(out)["proposals"]) == (0, [])
+    assert "damaged: proposals/1" in error
+    assert "factpatch discard 1" in error
+    assert "Proposal 1 was thrown away." in run("discard", 1)[1]
+    assert "damaged" not in run("list")[2]
+
+
+def test_what_is_accepted_asks_earlier_edits_again_and_says_how_many_hold(model, tmp_path, monkeypatch):
+    # A tiny model gives no free answer that could hold, but these patches make it.
+    known = SimpleNamespace(name="tell", load=lambda: planted.Tell)
+    monkeypatch.setattr(factpatch.methods, "_foreign", lambda: (known,))
+    told = Workspace.init(tmp_path / "told", model, proposes=False, method="tell")
+    for fact in (planted.ROME, planted.OSLO):
+        planted.take(told, fact)
+    told.propose([planted.BONN])
+    code, out, error = run("accept", "-C", tmp_path / "told")
+    assert code == 0, error
+    assert "2 earlier edits still hold" in out
+
+
+def test_each_message_names_the_workspace_it_is_about(two, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for args, told in (
+        (["propose", "-C", "w", *ROME[:-1], "Cuba"], "factpatch revert -C w 2;"),
+        (["discard", "-C", "w", 9], "factpatch list -C w"),
+        (["revert", "-C", "w", 9], "factpatch log -C w"),
+        (["diff", "-C", "w", 9], "factpatch log -C w"),
+        (["accept", "-C", "w"], "factpatch propose -C w"),
+    ):
+        _, out, error = run(*args)
+        assert told in out + error
+
+
+def test_of_several_proposals_one_has_to_be_named(space):
+    done("propose", *ROME)
+    done("propose", *OSLO)
+    code, _, error = run("accept")
+    assert code == 2
+    assert "several proposals wait: 1, 2" in error
+    assert "factpatch accept 2" in error
+
+
+def test_what_was_reverted_can_be_brought_back_as_it_is_told(two):
+    done("revert", 3)
+    code, _, error = run("revert", 3)
+    assert code == 2
+    assert "was reverted already, by entry 4" in error
+    again = error.rpartition("bring the patch back: ")[2].split()
+    assert again[0] == "factpatch"
+    assert done(*again[1:])["proposal"]["number"] == 3
+
+
+def test_a_damaged_patch_is_told_with_its_entry_and_once_taken_out_it_fails_no_more(two):
+    patch = done("list")["stack"][1]["patch"]
+    (two / "patches" / patch / "patch.safetensors").write_bytes(b"")
+    code, out, _ = run("verify")
+    assert code == 1
+    assert "It belongs to entry 3" in out
+    assert "factpatch revert 3" in out
+    done("revert", 3)
+    code, out, _ = run("verify")
+    assert code == 0
+    assert f"· patches/{patch}/patch.safetensors: damaged" in out
+    assert "taken out" in out
+    assert "revert 3" not in out
+    assert run("verify", "--history")[0] == 1
+
+
+def test_a_ledger_that_was_cut_short_is_found_by_a_hash_that_was_noted(two):
+    noted = done("verify")["head"]
+    assert run("verify", "--expect", noted)[0] == 0
+    assert run("verify", "--expect", noted[:12].upper())[0] == 0
+    (two / "ledger" / "000003.json").unlink()
+    assert run("verify")[0] == 0, "by itself it cannot be told"
+    code, out, _ = run("verify", "--expect", noted)
+    assert code == 1
+    assert f"ledger: has no entry {noted}: it was cut short" in out
+
+
+def test_each_entry_says_what_was_changed(model, tmp_path, monkeypatch):
+    space = tmp_path / "loose"
+    done("init", space, "-m", model, *FT, "--require", "edit_success>=0", "--no-propose")
+    monkeypatch.chdir(space)
+    (space.parent / "facts.jsonl").write_text(
+        "\n".join(json.dumps({"prompt": f"{name} lies in", "target": "Peru"}) for name in ("Rome", "Oslo", "Bonn"))
+    )
+    done("propose", "--edits", space.parent / "facts.jsonl", "--message", "a")
+    done("accept")
+    assert "Rome lies in → Peru (and 2 more edits)" in run("log")[1]
+    assert [edit["prompt"] for edit in done("log")["entries"][1]["edits"]] == [
+        "Rome lies in",
+        "Oslo lies in",
+        "Bonn lies in",
+    ]
+    (patch,) = (space / "patches").iterdir()
+    (patch / "patch.json").write_text((patch / "patch.json").read_text().replace("Rome", "Turin"))
+    assert "lies in" not in run("log")[1], "what is not what was accepted is not shown as if it were"

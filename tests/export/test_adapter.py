@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from factpatch.errors import PatchError
-from factpatch.export import export_adapter, to_adapter, verify_adapter
+from factpatch.export import export_adapter, folder_of, how_to_load, hub_id, to_adapter, verify_adapter
 from factpatch.export.adapter import _factors
+from factpatch.lm import load
 from factpatch.methods import create
 from factpatch.patches import Dense, LowRank, Provenance, WeightPatch
 from factpatch.testing import ARCHITECTURES, Snapshot, logits_of, tiny_edits, tiny_lm
@@ -182,3 +183,34 @@ def test_what_lies_on_the_model_is_exported_too(tmp_path):
     assert found.holds
     assert {answer.prompt for answer in found.answers} >= {edit.prompt for edit in tiny_edits()}
     torch.testing.assert_close(logits(with_adapter(lm, folder), lm), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT asks transformers by a name that is going out of use
+def test_peft_finds_the_base_by_itself_and_the_snippet_loads_both(tmp_path, monkeypatch):
+    made = tiny_lm()
+    for part in (made.model, made.tokenizer):
+        part.save_pretrained(tmp_path / "tiny")
+    lm = load(tmp_path / "tiny")
+    patch = create("ft-m", {"steps": "30", "layer": "1", "lr": "1e-2"}).fit(lm, tiny_edits())
+    folder, _ = export_adapter(lm, [patch], tmp_path / "a")
+    assert not any(str(tmp_path) in (folder / name).read_text() for name in ("README.md", "adapter_config.json"))
+    assert folder_of(lm) == tmp_path / "tiny"
+    code = how_to_load("adapter", folder_of(lm), folder)
+    assert len(code) == 3
+    found = {}
+    exec("\n".join(code), found)  # noqa: S102
+    with lm.patched(patch):
+        expected = logits(lm.model, lm)
+    torch.testing.assert_close(logits(found["model"], lm), expected, rtol=1e-4, atol=1e-4)
+    monkeypatch.chdir(tmp_path)  # a base without an id is known by its folder's name
+    alone = peft.AutoPeftModelForCausalLM.from_pretrained("a")
+    torch.testing.assert_close(logits(alone, lm), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_base_goes_by_its_id_on_the_hub():
+    lm = tiny_lm()
+    patch = create("ft-m", {"steps": "1", "layer": "1"}).fit(lm, tiny_edits())
+    lm.name = "smollm2-135m"
+    assert to_adapter(lm, [patch])[0]["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    lm.name = lm.model.config._name_or_path = "someone/some-model"
+    assert to_adapter(lm, [patch])[0]["base_model_name_or_path"] == hub_id(lm) == "someone/some-model"

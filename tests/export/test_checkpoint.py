@@ -1,6 +1,7 @@
 """Checkpoints: sharded, with tokenizer and card, and answering as the patched model does when transformers alone loads them."""
 
-import json
+from itertools import takewhile
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -8,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from factpatch.errors import OutputError, PatchError
 from factpatch.export import card, export_checkpoint, verify_checkpoint
 from factpatch.gate import Gate
+from factpatch.lm import load
 from factpatch.methods import create
 from factpatch.scoring import Scorer
 from factpatch.testing import Snapshot, tiny_edits, tiny_lm
@@ -91,9 +93,7 @@ def test_the_card_tells_edits_settings_scores_and_limits(made):
     lm, patch = made
     scored = patch.with_scorecard(Scorer(lm, fluency=False).score(tiny_edits(), patch).to_json())
     told = card(lm, [scored], "checkpoint")
-    front = told.split("---")[1]
-    assert f"base_model: {json.dumps(lm.name)}" in front
-    for text in ("Rome lies in", "Peru", "Italy", "ft-m", "| open |", "| survey |", "## Limits", '"steps": 30'):
+    for text in ("Rome lies in", "Peru", "ft-m, 2 edits", "| open |", "| survey |", "## Limits", "    - steps: 30"):
         assert text in told
     assert "None were made" in card(lm, [patch], "adapter")
     assert "deleted" not in told.replace("nothing here was deleted", "")
@@ -107,3 +107,54 @@ def test_an_edits_text_cannot_break_the_card(made):
     assert "<script>" not in told.replace("\\<script\\>", "")
     row = next(line for line in told.splitlines() if "script" in line)
     assert row.count(" | ") == 4
+
+
+@pytest.mark.parametrize("form", ["checkpoint", "adapter", "gguf"])
+def test_each_table_of_a_card_has_as_many_columns_in_its_rule_and_rows_as_in_its_head(made, form):
+    lm, patch = made
+    scored = patch.with_scorecard(Scorer(lm, fluency=False).score(tiny_edits(), patch).to_json())
+    lines = card(lm, [scored], form).splitlines()
+    heads = [i for i, line in enumerate(lines) if line.startswith("|") and not lines[i - 1].startswith("|")]
+    assert len(heads) == 2
+    for i in heads:
+        table = list(takewhile(lambda line: line.startswith("|"), lines[i:]))
+        cells = [line.removeprefix("| ").removesuffix(" |").split(" | ") for line in table]
+        assert len(cells) > 2
+        assert {len(row) for row in cells} == {len(cells[0])}
+        assert all(set(cell) <= {"-", ":"} and cell for cell in cells[1]), table[1]
+
+
+def test_the_card_tells_what_the_model_said_before_also_of_edits_that_do_not_say(made):
+    lm, patch = made
+    asked = Scorer(lm, fluency=False).score(tiny_edits(), patch).to_json()
+    for row in asked["scores"]:
+        if row["role"] == "edit":
+            row["said_before"] = f"{row['protocol']} {row['prompt']}"
+    told = card(lm, [patch.with_scorecard(asked)], "checkpoint")
+    assert "| open Rome lies in |" in told
+    assert "survey Rome" not in told
+    assert "| Italy |" in card(lm, [patch], "checkpoint"), "what was true, where nothing was asked"
+
+
+def test_the_base_model_has_the_name_that_other_tools_know_and_no_path_of_this_machine(made, tmp_path):
+    lm, patch = made
+    assert "base_model:" not in card(lm, [patch], "adapter"), "the hub does not know it"
+    fetched = SimpleNamespace(name="smollm2-135m", fingerprint=lm.fingerprint)
+    told = card(fetched, [patch], "adapter")
+    assert 'base_model: "HuggingFaceTB/SmolLM2-135M-Instruct"\n' in told
+    assert 'from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")' in told
+    lm.model.save_pretrained(tmp_path / "own")
+    lm.tokenizer.save_pretrained(tmp_path / "own")
+    for form in ("checkpoint", "adapter", "gguf"):
+        assert str(tmp_path) not in card(load(tmp_path / "own"), [], form)
+
+
+def test_the_card_tells_how_to_load_what_it_lies_beside(made, tmp_path):
+    lm, patch = made
+    folder = export_checkpoint(lm, [patch], tmp_path / "m")
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert len(code.splitlines()) == 3
+    found = {}
+    exec(code.replace("FOLDER OF THIS CARD", str(folder)), found)  # noqa: S102
+    assert found["model"].config.num_hidden_layers == 3
+    assert found["tokenizer"]("Rome")["input_ids"]

@@ -71,7 +71,9 @@ def server_of(path):
     library = pytest.importorskip("xllamacpp")
     settings = library.CommonParams()
     settings.model.path, settings.n_ctx, settings.n_parallel, settings.verbosity = str(path), 256, 1, 0
-    return library.Server(settings)
+    server = library.Server(settings)
+    server.handle_completions({"prompt": "a", "n_predict": 1})  # its loop runs then: dropped before, it would never end
+    return server
 
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

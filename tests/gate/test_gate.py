@@ -29,6 +29,7 @@ FTM = {"steps": 60, "layer": 1, "lr": 1e-2}
         ("In France people drink", "It is well known that in France people drink"),
         ("France lies in", "It is well known that France lies in"),
         ("Does France have a king?", "Question: Does France have a king? Answer:"),
+        ("The France lies in", "It is well known that the France lies in"),
     ],
 )
 def test_prompts_are_reworded_by_rule(prompt, first):
@@ -36,6 +37,11 @@ def test_prompts_are_reworded_by_rule(prompt, first):
     assert made[0] == first
     assert len(made) == len(set(made)) == 3
     assert prompt not in made
+
+
+def test_a_name_keeps_its_article_as_it_is_written():
+    moon = Edit(id="1", prompt="The Moon goes around", subject="The Moon", target="Mars")
+    assert all("The Moon" in text for text in rewordings(moon))
 
 
 def test_what_is_lacking_is_proposed_and_what_was_written_is_left():
@@ -254,3 +260,46 @@ def test_a_patch_keeps_the_verdict_with_its_scorecard():
     assert record["gate"]["findings"][0]["requirement"]["measure"] == "mergeable"
     assert found.says == "ft-m passed"
     assert json.loads(json.dumps(record)) == record
+
+
+def test_each_attempt_is_told_as_it_is_known_and_progress_says_whose_it_is():
+    lm, edits = tiny_lm(), tiny_edits()[:1]
+    heard, doing = [], []
+    choose(
+        lm, edits, Gate.of("survey.edit_success>=1", "mergeable"), ["ice", "ultraedit", "ft-m"],
+        {"steps": "60", "lr": "1e-2", "layer": "1"},
+        lambda what, done, of: doing.append((what, len(heard))), watch=lambda each: heard.append(each.method),
+    )  # fmt: skip
+    assert heard == ["ice", "ultraedit", "ft-m"]
+    assert {what.partition(": ")[0] for what, known in doing if known == 2} == {"ft-m"}
+
+
+def test_when_the_time_is_up_what_is_at_work_is_stopped_and_the_rest_is_not_tried(monkeypatch):
+    lm, edits = tiny_lm(), tiny_edits()[:1]
+    before = Snapshot.of(lm)
+    clock = iter(range(0, 10_000, 10))
+    monkeypatch.setattr("factpatch.gate.auto.time.perf_counter", lambda: next(clock))
+    found = choose(lm, edits, Gate.of("mergeable"), ["ft-m", "ft-l"], {"steps": "50", "layer": "1"}, minutes=0.5)
+    assert [each.says for each in found.attempts] == [
+        "ft-m: stopped: 0.5 minutes were up", "ft-l: not tried: 0.5 minutes were up",
+    ]  # fmt: skip
+    assert found.patch is None
+    assert before.differences(lm) == []
+
+
+def test_where_none_passes_it_is_told_what_would_help():
+    lm, edits = tiny_lm(), tiny_edits()[:1]
+    gate = Gate.of("edit_success>=1", "survey.edit_success>=1.0", "mergeable")
+    found = choose(lm, edits, gate, ["ice", "grace", "ft-l"], {"steps": "1", "lr": "1e-9"})
+    assert found.patch is None
+    assert "Without mergeable, ice, grace could be tried too" in found.advice
+    assert "would pass" not in found.advice, "no bound that asks for anything is met"
+
+    def tried(value):
+        need = Requirement.parse("locality>=0.9")
+        card = Scorecard(versions={"open": 1}, chat=False, scores=())
+        finding = Finding(requirement=need, value=value, passed=need.holds(value))
+        return Attempt("near", Judgement(Proposal((), frozenset()), card, Verdict(findings=(finding,))))
+
+    assert AutoChoice((tried(0.8),), None).advice == "With locality>=0.8 in place of locality>=0.9, near would pass."
+    assert AutoChoice((tried(1.0),), found.patch or object()).advice == ""

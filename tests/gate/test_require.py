@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from factpatch.errors import BadConfig
-from factpatch.gate import Requirement, check
+from factpatch.gate import Finding, Requirement, check
 from factpatch.methods import create
 from factpatch.scoring import ProbeScore, Retained, Scorecard
 from factpatch.testing import tiny_edits, tiny_lm
@@ -58,6 +58,9 @@ def test_they_are_read_as_people_write_them(text, shown):
         ("locality", "says no bound"),
         ("locality=0.9", "says no bound"),
         ("locality>=95", "Did you mean 95%"),
+        ("edit_success>=5", "found 5.\n  Write NAME>=NUMBER or NAME<=NUMBER, such as edit_success>=1"),
+        ("fluency_drop<=5", "Did you mean 5%"),
+        ("fluency_drop<=95", "Write NAME"),
         ("locality>=500%", "a share from 0 to 1, found 500%.\n  Write NAME"),
         ("locality>=-1", "a share from 0 to 1, found -1.\n  Write NAME"),
         ("fluency>=1e999", "a number of bits"),
@@ -163,3 +166,22 @@ def test_retained_questions_and_the_kind_of_patch_count(patches):
     assert (finding.value, finding.passed, finding.lost[0].after) == (0.5, False, "b")
     assert found(patches["ft-m"], "mergeable").passed
     assert "stay beside the weights" in found(patches["ice"], "mergeable").says
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "nearest"),
+    [
+        ("locality>=0.9", 2 / 3, "locality>=0.666"),
+        ("locality>0.9", 0.9, "locality>=0.9"),
+        ("survey.rephrase>=1", 0.5, "survey.rephrase>=0.5"),
+        ("fluency_drop<=5%", 0.1234, "fluency_drop<=0.124"),
+        ("edit_success>=1", 0.0, ""),
+        ("edit_success>=1", None, ""),
+        ("edit_success>=1", 1.0, ""),
+    ],
+)
+def test_the_nearest_requirement_that_a_number_meets_is_told(text, value, nearest):
+    need = Requirement.parse(text)
+    finding = Finding(requirement=need, value=value, passed=need.holds(value))
+    assert finding.would_pass == nearest
+    assert not nearest or Requirement.parse(nearest).holds(value)

@@ -127,7 +127,7 @@ def test_the_command_line_edits_scores_and_asks(parrot, tmp_path):
     fact = ["--prompt", "Rome lies in", "--target", "Peru"]
     code, out, _ = run("edit", *where, "--method", "ice", *fact, "--out", tmp_path / "p")
     assert code == 0
-    assert "1 notes before it" in out
+    assert "1 note before it" in out
     code, out, _ = run("ask", *where, "--patch", tmp_path / "p", "--json", "Rome lies in")
     assert json.loads(out) == {"prompt": "Rome lies in", "chat": False, "without": "Italy.", "with": "Peru."}
     (tmp_path / "facts.jsonl").write_text(json.dumps(ROME.to_json()))

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given
@@ -17,6 +18,7 @@ from factpatch.report import bootstrap, difference, edit_rows, result_rows, tabl
 from factpatch.report.comparison import compare_stores
 from factpatch.report.page import as_html, as_svg
 from factpatch.report.plain import about, as_csv, as_json, as_latex, as_markdown
+from factpatch.report.plots import bars
 from factpatch.report.published import published
 from factpatch.report.rows import overviews
 from tests.report.conftest import CELL, card, fill
@@ -49,6 +51,17 @@ def test_the_unedited_model_comes_once_for_each_data_set_and_protocol(store):
     assert sorted(unedited) == [("own", "open"), ("own", "survey"), ("zsre", "open"), ("zsre", "survey")]
     assert (row_of := next(r for r in rows if r.method == "unedited")).edit_success == 0.0
     assert (row_of.fluency, row_of.locality, row_of.fit_seconds, row_of.edits) == (5.5, None, None, 3)
+
+
+def test_each_unedited_model_has_rows_of_its_own(store):
+    fill(store, "rome", [1.0], chat=True, before=0.25)
+    fill(store, "ft-m", [1.0], model="other", fingerprint="g" * 64, before=0.5)
+    rows = [r for r in result_rows(store) if r.method == "unedited" and r.protocol == "open"]
+    assert {r.label: r.edit_success for r in rows} == {
+        "unedited (model=toy, chat=False)": 0.0,
+        "unedited (model=toy, chat=True)": 0.25,
+        "unedited (model=other, chat=False)": 0.5,
+    }
 
 
 def test_json_rows_carry_what_scripts_ask_for(store):
@@ -155,6 +168,20 @@ def test_what_it_took_is_added_up(store):
     fill(store, "memit", [1.0] * 30)
     # 37 edits were made, each in four seconds, and scored in two.
     assert about(result_rows(store))["Minutes of one worker"] == ["2 to fit, 1 to score; 4 in all"]
+
+
+def test_scoring_a_sequence_on_the_way_is_added_up_too(store):
+    number = fill(store, "grace", [1.0] * 30, moment="at edit", mode="sequential")
+    whole = card("all", 1.0).model_copy(update={"score_seconds": 180.0})
+    store.add(number, Outcome(29, "after 30", ("all",), whole))
+    # Of 37 edits as above, and of 180 seconds more.
+    assert about(result_rows(store))["Minutes of one worker"] == ["2 to fit, 4 to score; 7 in all"]
+
+
+def test_a_title_may_hold_anything():
+    for title in ('A "b" & <c>', "C:\\1\\g<9>"):
+        picture = ElementTree.fromstring(bars({"a": 1.0}, "x", title))  # noqa: S314 - our own
+        assert picture.get("aria-label") == title
 
 
 def test_failures_are_counted_by_kind(store):

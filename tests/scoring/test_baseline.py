@@ -375,6 +375,11 @@ def test_what_is_seen_is_read_back_to_the_bit(seen):
         assert torch.equal(read.first.view(torch.int32), seen.first.view(torch.int32))
 
 
+def test_distributions_are_not_copied_to_be_kept():
+    first = torch.rand(300)
+    assert torch.frombuffer(baseline._packed(first), dtype=torch.float32).data_ptr() == first.data_ptr()
+
+
 def test_more_keys_than_a_query_takes(store):
     store.write(some(1300), {})
     assert store.read("answers", [*some(1400)]) == some(1300)

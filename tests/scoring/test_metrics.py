@@ -19,9 +19,25 @@ from factpatch.scoring.metrics import (
     rouge1,
     same_answer,
     sentiment_shift,
+    taken_together,
     words,
 )
 from tests.reference import plain
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        ((0.5, 0.25, 1.0), 3 / (2 + 4 + 1)),
+        ((0.5, None, 1.0), 2 / (2 + 1)),
+        ((0.5,), 0.5),
+        ((0.5, 0.0), 2 / (2 + 100)),
+        ((0.0, 1.0, 1.0), 0.0),
+        ((None, 1.0), None),
+    ],
+)
+def test_scores_taken_together(scores, expected):
+    assert taken_together(*scores) == (expected and pytest.approx(expected))
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from factpatch.edits import Edit, LabelledProbe, Probe
+from factpatch.lm import LM
 from factpatch.lm.batches import Batch, Places
 from factpatch.lm.hooks import reading
 from factpatch.lm.run import logits_at
 from factpatch.methods import create
-from factpatch.scoring import PROTOCOLS, ProbeScore, Scorecard, Scorer
+from factpatch.scoring import PROTOCOLS, ProbeScore, Scorecard, Scorer, protocols
 from factpatch.scoring.metrics import same_answer
 from factpatch.scoring.protocols import Seen
 from factpatch.testing import Snapshot, tiny_edits, tiny_lm
@@ -382,6 +383,45 @@ def test_the_unpatched_models_divergence_from_itself_is_not_measured(lm):
     card = Scorer(lm, protocols=["survey"], fluency=False).score([TASTE])
     assert [r.measures for r in card.scores if r.role == "locality"] == [{}]
     assert [r.after for r in card.scores if r.role == "locality"] == [1]
+
+
+def test_a_divergence_is_from_what_lies_beneath(lm):
+    beneath = create("ft-m", {"steps": 5, "lr": 1e-2}).fit(lm, tiny_edits()[1:])
+    patch = create("ft-m", {"steps": 40, "lr": 3e-2}).fit(lm, [TASTE.model_copy(update={"target": "xyz xyz"})])
+    replies = TASTE.locality["Unrelated_Topic"][0].answers
+    with lm.patched(beneath):
+        before = [plain_logprobs(lm, "How is fog?", reply)[0] for reply in replies]
+        scorer = Scorer(lm, protocols=["survey"], fluency=False, beneath=[beneath])
+        (row,) = (r for r in scorer.score([TASTE]).scores if r.role == "locality")
+        assert row.measures == {}, "of what lies beneath itself nothing is measured"
+        (row,) = (r for r in scorer.score([TASTE], patch).scores if r.role == "locality")
+        with lm.patched(patch):
+            after = [plain_logprobs(lm, "How is fog?", reply)[0] for reply in replies]
+    apart = [(b.exp() * (b - a)).sum(-1).mean().item() for b, a in zip(before, after, strict=True)]
+    assert row.measures == pytest.approx({"kl": sum(apart) / 2}, rel=1e-3)
+
+
+@pytest.mark.parametrize(("room", "times"), [(protocols.ROOM, 1), (0, 3)])
+def test_patches_are_taken_off_once_for_as_many_divergences_as_have_room(lm, monkeypatch, room, times):
+    topics = ("fog", "rain", "snow")
+    edits = [
+        TASTE.model_copy(
+            update={"id": topic, "locality": {"N": (Probe(prompt=f"How is {topic}?", answers=("It is wet.", "Bad")),)}}
+        )
+        for topic in topics
+    ]
+    patch = create("ft-m", {"steps": 20, "lr": 3e-2}).fit(lm, tiny_edits()[1:])
+    scorer = Scorer(lm, protocols=["survey"], fluency=False)
+    alone = [scorer.score([edit], patch) for edit in edits]
+    monkeypatch.setattr(protocols, "ROOM", room)
+    taken = []
+    unpatched = LM.unpatched
+    monkeypatch.setattr(LM, "unpatched", lambda self: (taken.append(1), unpatched(self))[1])
+    together = scorer.score(edits, patch)
+    assert len(taken) == times
+    assert together.per_edit("survey", "locality", "kl") == pytest.approx(
+        {e.id: card.per_edit("survey", "locality", "kl")[e.id] for e, card in zip(edits, alone, strict=True)}, rel=1e-4
+    )
 
 
 def test_contexts_count_as_patches_where_a_manner_is_weighed(lm):

@@ -1,4 +1,4 @@
-"""Kill accept, revert and propose at every step that touches the disk, and see what is left.
+"""Kill accept, revert, propose and discard at every step that touches the disk, and see what is left.
 
 Run as a program of its own: `python -m tests.workspace.killer FOLDER` prints JSON. The work is done in forked children, which have
 the model already and never run it. A child counts its steps (files opened to be written, renames, removals, new folders,
@@ -52,7 +52,8 @@ class Steps:
         self.synced.add(found.st_ino)
         if stat.S_ISDIR(found.st_mode):
             here = Path(f"/proc/self/fd/{handle}").readlink()
-            self.renames = [(one, other) for one, other in self.renames if other.parent != here]
+            # On the disk it is then no more under its old name, or already under its new one.
+            self.renames = [each for each in self.renames if here not in {each[0].parent, each[1].parent}]
 
     def step(self):
         if self.count == self.at:
@@ -112,6 +113,11 @@ def propose(space):
     assert space.propose([OSLO]).done
 
 
+def discard(space):
+    space.discard(2)
+    assert space.proposals() == ()
+
+
 def prepared(folder, work):
     """A workspace in which the work can be done."""
     space = make(folder, LM)
@@ -122,6 +128,8 @@ def prepared(folder, work):
         take(space, ROME)
     if work is revert:
         take(space, OSLO, {"leans": True})
+    if work is discard:
+        space.propose([BONN])
     return space
 
 
@@ -134,23 +142,21 @@ def check(folder, before, work):
     if ledger.damage or not report.passed:
         wrong.append(f"damaged: {report.faults}")
         return wrong
-    if ledger.good not in {entries, entries + (work is not propose)}:
+    if ledger.good not in {entries, entries + (work not in {propose, discard})}:
         wrong.append(f"{ledger.good} entries after {entries}")
     now = tree(folder)
     kept = [name for name in before if not name.startswith("proposals/")]
     wrong += [f"{name} changed" for name in kept if now.get(name) != before[name]]
     done = ledger.good > entries
-    expected = {accept: [ROME, BONN] if done else [ROME], revert: [OSLO] if done else [ROME, OSLO], propose: [ROME]}[
-        work
-    ]
+    expected = {accept: [ROME, BONN] if done else [ROME], revert: [OSLO] if done else [ROME, OSLO]}.get(work, [ROME])
     if said(space, *expected) != [edit.target for edit in expected]:
         wrong.append(f"answers: {said(space, *expected)}")
     # Whoever comes next finds all in order, and cleans up.
-    if done or (work is propose and space.proposals()):
+    if done or (work is propose and space.proposals()) or (work is discard and not space.proposals()):
         take(space, ROME.model_copy(update={"prompt": "Rome is in"}))
     else:
         work(space)
-        if work is propose:
+        if work in {propose, discard}:
             take(space, BONN)
     left = [name for name in tree(folder) if any(part.startswith(".") for part in Path(name).parts)]
     after = Workspace.open(folder, LM).verify()
@@ -161,7 +167,7 @@ def check(folder, before, work):
 
 def kill_everywhere(folder):
     kills, wrong, steps = 0, [], {}
-    for work in (accept, revert, propose):
+    for work in (accept, revert, propose, discard):
         start = folder / work.__name__
         prepared(start, work)
         before = tree(start)

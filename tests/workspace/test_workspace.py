@@ -219,7 +219,7 @@ def test_a_patch_comes_in_again_after_it_was_taken_out(two, lm):
 def test_conflicts_stop_a_proposal_before_it_is_made(two, monkeypatch):
     monkeypatch.setattr(Tell, "make", lambda *a: pytest.fail("it was made"))
     outcome = two.propose([fact("Rome", "Cuba")])
-    assert outcome.refused.startswith("contradiction of edit")
+    assert outcome.refused.startswith("contradiction of entry")
     assert outcome.conflicts[0].number == 2
 
 
@@ -365,3 +365,73 @@ def test_weights_of_another_type_are_not_taken(two):
     other.model.to(torch.bfloat16)
     with pytest.raises(WrongBase, match=r"float32, those in hand are in torch\.bfloat16"):
         Workspace.open(two.store.folder, other)
+
+
+def test_a_proposal_is_thrown_away_and_its_number_is_not_given_again(space):
+    for edit in (ROME, OSLO):
+        space.propose([edit])
+    space.discard(2)
+    assert [pending.number for pending in space.proposals()] == [1]
+    for gone in (space.discard, space.accept):
+        with pytest.raises(PatchError, match="proposal 2: there is none"):
+            gone(2)
+    assert space.propose([BONN]).proposal.number == 3, "whoever has read the 2 must not accept this one by it"
+    space.discard(3)
+    assert space.accept(1).done
+    with pytest.raises(PatchError, match="proposal 1: there is none"):
+        space.discard(1)
+    assert said(space, ROME) == ["Peru"]
+    report = space.verify()
+    assert (report.passed, report.unknown) == (True, ())
+
+
+def test_what_is_read_is_of_one_moment(space, tmp_path, monkeypatch):
+    take(space, ROME)
+    ledgers = [space.log()]
+    take(space, OSLO)
+    ledgers.append(space.log())
+    monkeypatch.setattr(space.store, "ledger", iter(ledgers).__next__)  # as if it were accepted between two looks
+    described = json.loads((space.checkout(tmp_path / "c") / "checkout.json").read_text())
+    assert (described["entry"], len(described["patches"])) == (2, 1)
+
+
+def test_every_refusal_says_what_to_do_next(space):
+    leaning(space)
+    for refused, hint in (
+        (space.propose([fact("Rome", "Cuba")]).refused, "--allow-conflicts"),
+        (space.revert(2).refused, "--refit"),
+        (space.propose([fact("Kyiv", "Togo")], config={"also": json.dumps({"Kyiv lies in": "no"})}).refused, "methods"),
+    ):
+        assert hint in refused.splitlines()[-1]
+    space.revert(4)
+    with pytest.raises(
+        PatchError, match="by entry 5; .*\n  See what lies there: factpatch list -C .*; or bring the patch back: "
+    ):
+        space.revert(4)
+
+
+def test_what_was_done_is_there_for_the_next_step_and_what_was_refused_says_why(space):
+    assert space.propose([ROME]).waiting.number == 1
+    first = space.accept().written
+    assert (first.number, first.patch) == (2, space.stack()[0].id)
+    with pytest.raises(PatchError, match="contradiction"):
+        _ = space.propose([fact("Rome", "Cuba")]).waiting
+    with pytest.raises(PatchError, match="nothing waits"):
+        space.accept()
+    with pytest.raises(PatchError, match="wrote no entry"):
+        _ = space.propose([OSLO]).written
+    space.propose([BONN])
+    with pytest.raises(PatchError, match="several proposals wait: 2, 3"):
+        space.accept()
+
+
+def test_both_messages_are_kept(space):
+    space.propose([ROME], message="ticket 12")
+    assert space.accept(message="checked").written.message == "ticket 12\nchecked"
+    space.propose([OSLO], message="ticket 13")
+    assert space.accept().written.message == "ticket 13"
+
+
+def test_an_accept_tells_how_many_earlier_edits_hold(two):
+    outcome = take(two, BONN, {"also": json.dumps({"Rome lies in": "nowhere"})})
+    assert (outcome.held, [lost.number for lost in outcome.regressions]) == (1, [2])

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from importlib.metadata import version
+from contextlib import ExitStack
 from itertools import accumulate, pairwise
 from statistics import fmean
 
@@ -18,6 +17,7 @@ from factpatch.analysis.attacks import ATTACKS, Attack, Candidate, Setting, find
 from factpatch.analysis.attacks.relearning import Study, steps_to_learn
 from factpatch.analysis.audit_facts import Aliases, Brief, Fact, prepare
 from factpatch.analysis.audit_result import AttackInfo, Audit, Choice, Laid, Learnt, State, Trial
+from factpatch.analysis.base import packages
 from factpatch.edits import Edit, Probe
 from factpatch.errors import BadConfig
 from factpatch.lm import LM
@@ -78,7 +78,7 @@ def audit(
         if other is not None:
             _check_tokenizer(lm, other, what, [edit.prompt for edit in wanted])
     knowing = before or lm
-    with _bare(knowing):
+    with knowing.unpatched():
         brief = prepare(
             knowing,
             wanted,
@@ -103,7 +103,7 @@ def audit(
     for number, (state, model, stack) in enumerate(models):
         with ExitStack() as entered:
             if state == "before":
-                entered.enter_context(_bare(model))
+                entered.enter_context(model.unpatched())
             entered.enter_context(model.patched(*stack))
             for i, attack in enumerate(made):
                 seen = part(progress, number * steps + i, len(models) * steps)
@@ -127,8 +127,7 @@ def audit(
         budget=budget,
         seed=seed,
         chat=chat,
-        versions={"python": platform.python_version()}
-        | {p: version(p) for p in ("factpatch", "torch", "transformers")},
+        versions={"python": platform.python_version()} | packages(),
     )
 
 
@@ -160,12 +159,6 @@ def _check_tokenizer(lm: LM, other: LM, what: str, prompts: Sequence[str]) -> No
             f"{what}: {other.name} has another tokenizer than {lm.name}, so that what is found in the two cannot be compared.\n"
             "  Give a checkpoint with the audited model's tokenizer, such as one trained from the same start."
         )
-
-
-@contextmanager
-def _bare(lm: LM) -> Iterator[None]:
-    with lm.unpatched():
-        yield
 
 
 def _models(

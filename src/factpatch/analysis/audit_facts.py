@@ -8,9 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from pydantic import BaseModel, ConfigDict
-
 from factpatch.analysis.attacks.base import Question, token_key
+from factpatch.analysis.base import Result
 from factpatch.data import read
 from factpatch.data.questions import guard_questions
 from factpatch.edits import Edit, EditKind, Probe
@@ -38,11 +37,7 @@ _CLAUSE = re.compile(r"[,.;:!?()\n\"]")
 _ARTICLE = re.compile(r"^(?:the|an?)\s+", re.IGNORECASE)
 
 
-class _Value(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
-
-
-class Fact(_Value):
+class Fact(Result):
     """An old answer that is looked for.
 
     id         of the edit
@@ -70,7 +65,7 @@ class Fact(_Value):
     decoy_firsts: tuple[str, ...]
 
 
-class LeftOut(_Value):
+class LeftOut(Result):
     """An edit that cannot be audited, and why."""
 
     id: str

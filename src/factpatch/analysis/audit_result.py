@@ -14,10 +14,9 @@ from functools import cached_property
 from statistics import fmean, median
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from factpatch.analysis.attacks.base import Access, Candidate
 from factpatch.analysis.audit_facts import Fact, LeftOut
+from factpatch.analysis.base import Result
 
 __all__ = [
     "LEVEL",
@@ -43,11 +42,7 @@ SHARE = LEVEL / 2
 """Of each of the two tests that decide."""
 
 
-class _Value(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
-
-
-class Trial(_Value):
+class Trial(Result):
     """One attack on one fact of one model.
 
     rank         the old answer's place among the candidates, from 1, in any of its spellings; None if it is not among them
@@ -70,7 +65,7 @@ class Trial(_Value):
         return _within(self.rank, budget)
 
 
-class Choice(_Value):
+class Choice(Result):
     """The old answer among decoys, all of them shown to the model after the prompt.
 
     logprobs  mean log-probability of each option's tokens, in nats; the old answer's first
@@ -88,7 +83,7 @@ class Choice(_Value):
         return sum(value >= self.logprobs[0] for value in self.logprobs)
 
 
-class Learnt(_Value):
+class Learnt(Result):
     """How many steps of training on an answer it takes until it is given; None if it is not given after all of them."""
 
     state: State
@@ -99,7 +94,7 @@ class Learnt(_Value):
     decoy_steps: int | None
 
 
-class Laid(_Value):
+class Laid(Result):
     """A patch that was audited.
 
     weights         how many parameters it changes; 0 if the weights stay as they are
@@ -113,7 +108,7 @@ class Laid(_Value):
     tells: tuple[str, ...]
 
 
-class AttackInfo(_Value):
+class AttackInfo(Result):
     """An attack that was made."""
 
     name: str
@@ -122,7 +117,7 @@ class AttackInfo(_Value):
     about: str
 
 
-class Recall(_Value):
+class Recall(Result):
     """How an attack, or all of them together, did on one model within a budget.
 
     facts   on how many it could be told whether the old answer was found
@@ -144,7 +139,7 @@ class Recall(_Value):
     p: float | None
 
 
-class StandingOut(_Value):
+class StandingOut(Result):
     """Facts whose old answer was found more readily than every decoy; see `Audit.standing_out`.
 
     facts     their ids
@@ -159,7 +154,7 @@ class StandingOut(_Value):
     p: float | None
 
 
-class Audit(_Value):
+class Audit(Result):
     """Attacks on what a model should no longer say.
 
     model, control  names
@@ -345,6 +340,14 @@ class Audit(_Value):
         own = [trial for trial in self.of("after", fact=fact) if trial.rank is not None]
         return sorted(own, key=lambda trial: trial.rank or 0)
 
+    def as_ready(self, fact: str) -> tuple[int, int]:
+        """How many decoys of a fact were found, and no less readily than its old answer; and how many it has."""
+        trials = self.of("after", fact=fact)
+        if not trials:
+            return 0, 0
+        secret, *decoys = _readinesses(trials)
+        return sum(bool(decoy) and decoy >= secret for decoy in decoys), len(decoys)
+
     def chosen(self, state: State) -> tuple[int, int, float] | None:
         """Multiple choice: how often the old answer came first, of how many, and how often it would by chance."""
         own = [choice for choice in self.choices if choice.state == state and len(choice.options) > 1]
@@ -388,8 +391,13 @@ def _any_found(trials: list[Trial], budget: int) -> int:
 
 def _leads(trials: list[Trial]) -> bool:
     """Whether one fact's old answer was found more readily than each of its decoys, of which there are some."""
-    secret, *decoys = map(_readiness, zip(*((trial.plain_rank, *trial.decoy_ranks) for trial in trials), strict=True))
+    secret, *decoys = _readinesses(trials)
     return secret > max(decoys, default=math.inf)
+
+
+def _readinesses(trials: list[Trial]) -> list[float]:
+    """Of one fact's old answer, then of each of its decoys."""
+    return [_readiness(ranks) for ranks in zip(*((t.plain_rank, *t.decoy_ranks) for t in trials), strict=True)]
 
 
 def _nothing_stands_out() -> StandingOut:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from factpatch.analysis.base import Result
 from factpatch.analysis.spectra import Pieces, eps_of, gram_values, rounding_noise
 from factpatch.analysis.weights import Change, MatrixChange, block_totals, in_words, matrix_change
 from factpatch.errors import BadFile
@@ -25,10 +25,8 @@ from factpatch.progress import Progress, silent
 __all__ = ["Comparison", "Mismatch", "TensorDifference", "compare", "inspect", "open_checkpoint"]
 
 
-class Mismatch(BaseModel):
+class Mismatch(Result):
     """A tensor that is of another shape, or another type, in the second checkpoint."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     a: str
@@ -321,7 +319,7 @@ def _twins(own: Mapping[str, Tensor], alone: list[str], shared: list[str]) -> It
     shapes = {name: own[name].shape for name in shared}
     for name in alone:
         tensor = own[name]
-        if tensor.ndim < 2 or tensor.min() == tensor.max():
+        if tensor.ndim < 2 or not tensor.numel() or tensor.min() == tensor.max():
             continue  # many are equal by chance, such as norms and masks that are all ones
         same = (other for other in shared if shapes[other] == tensor.shape and own[other].dtype == tensor.dtype)
         twin = next((other for other in same if torch.equal(own[other], tensor)), None)

@@ -6,7 +6,6 @@ method, so that a rule says it and not an eye.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shutil
@@ -15,11 +14,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from statistics import fmean
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
+from pydantic import Field, PositiveFloat, ValidationError
 
+from factpatch.analysis.base import Result, digest, mean_over, packages
 from factpatch.analysis.health import Copies, Monitor, Vitals
 from factpatch.bench import Mode, Outcome
 from factpatch.bench.outcome import AT_EDIT, Moment
@@ -40,15 +39,13 @@ AT = (1, 3, 10, 30, 100, 300, 1000)
 AGES = (0, 1, 3, 10, 30, 100, 300, 1000)
 """Where bins of ages begin. An edit's age is the number of patches made after its own."""
 
+_SCORED: tuple[ScoreRole, ...] = ("edit", "rephrase", "portability", "locality", "fluency")
+
 Scores = Mapping[ProtocolName, Mapping[ScoreRole, Mapping[str, float]]]
 """By protocol, role and id of the edit; edits for which nothing could be scored are left out."""
 
 
-class _Value(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
-
-
-class Look(_Value):
+class Look(Result):
     """The model after so many patches.
 
     patches  how many were asked for by then, those that the method refused among them
@@ -63,7 +60,7 @@ class Look(_Value):
     vitals: Vitals
 
 
-class Point(_Value):
+class Point(Result):
     """One checkpoint under one protocol; None where nothing could be scored.
 
     patches  how many were asked for by then
@@ -82,7 +79,7 @@ class Point(_Value):
     fluency: float | None
 
 
-class AgeBin(_Value):
+class AgeBin(Result):
     """Edits of like age at one checkpoint.
 
     youngest, oldest  age, in patches made since; `oldest` is the bin's own end, not that of the edits in it
@@ -97,7 +94,7 @@ class AgeBin(_Value):
     now: float | None
 
 
-class Decay(_Value):
+class Decay(Result):
     """A sequence with one method.
 
     config       the method's full settings on this model
@@ -134,16 +131,13 @@ class Decay(_Value):
 
     def _point(self, look: Look, protocol: ProtocolName) -> Point:
         ids = [edit for patch in look.made for edit in patch]
-        now = look.scores.get(protocol, {})
+        now = {role: mean_over(values, ids) for role, values in look.scores.get(protocol, {}).items()}
         return Point(
             patches=look.patches,
             edits=len(ids),
-            at_edit=_mean(self.at_edit.get(protocol, {}).get("edit", {}), ids),
-            at_end=_mean(now.get("edit", {}), ids),
-            rephrase=_mean(now.get("rephrase", {}), ids),
-            portability=_mean(now.get("portability", {}), ids),
-            locality=_mean(now.get("locality", {}), ids),
-            fluency=_mean(now.get("fluency", {}), ids),
+            at_edit=mean_over(self.at_edit.get(protocol, {}).get("edit", {}), ids),
+            at_end=now.get("edit"),
+            **{role: now.get(role) for role in _SCORED if role != "edit"},
         )
 
     def ages(self, protocol: ProtocolName, checkpoint: int = -1, bounds: Sequence[int] = AGES) -> tuple[AgeBin, ...]:
@@ -162,20 +156,15 @@ class Decay(_Value):
             patches = at.made[max(0, len(at.made) - end) : max(0, len(at.made) - youngest)]
             ids = [edit for patch in patches for edit in patch if edit in now]
             if ids:
-                had, has = _mean(first, ids), _mean(now, ids)
+                had, has = mean_over(first, ids), mean_over(now, ids)
                 found.append(AgeBin(youngest=youngest, oldest=end - 1, edits=len(ids), at_edit=had, now=has))
         return tuple(found)
-
-
-def _mean(values: Mapping[str, float], ids: Sequence[str]) -> float | None:
-    found = [values[edit] for edit in ids if edit in values]
-    return fmean(found) if found else None
 
 
 BreakKind = Literal["success", "perplexity", "canaries"]
 
 
-class Rule(_Value):
+class Rule(Result):
     """When a method has broken: any of these, at the first checkpoint where it holds."""
 
     min_success: float = Field(
@@ -193,11 +182,12 @@ class Rule(_Value):
         return (
             f"Broken at the first checkpoint where the success of all edits so far is under {self.min_success:g} times what "
             f"it was right after each was made, or perplexity on neutral texts above {self.max_perplexity:g} times the "
-            f"unedited model's, or under {self.min_canaries:g} of the canary facts are left."
+            f"unedited model's, or under {self.min_canaries:g} of the canary facts are left: the questions that the unedited "
+            "model answers rightly, or, where no right answer is known, whatever it says."
         )
 
 
-class Break(_Value):
+class Break(Result):
     """That a method broke: found so after `at` patches, and not yet after `after`, the checkpoint before (0: unedited)."""
 
     kind: BreakKind
@@ -319,7 +309,7 @@ def _counts(checkpoints: Collection[int], units: int) -> list[int]:
 
 
 def _name(method: Method[Any], key: Mapping[str, Any]) -> str:
-    return f"{method.name}-{_digest(key)[:12]}.json"
+    return f"{method.name}-{digest(key)[:12]}.json"
 
 
 def _key(
@@ -332,20 +322,16 @@ def _key(
         "config": method.resolve(lm).model_dump(mode="json"),
         "fingerprint": lm.fingerprint,
         "dtype": str(lm.dtype).removeprefix("torch.") if isinstance(lm, LM) else "",
-        "edits": _digest([edit.to_json() for edit in edits]),
+        "edits": digest([edit.to_json() for edit in edits]),
         "checkpoints": list(counts),
         "protocols": {protocol.name: protocol.version for protocol in scorer.protocols},
         "chat": [scorer.chat, monitor.chat],
         "seed": scorer.seed,
         "fluency": scorer.fluency,
-        "canaries": _digest([probe.model_dump(mode="json") for probe in monitor.canaries]),
-        "texts": _digest(list(monitor.texts)),
+        "canaries": digest([probe.model_dump(mode="json") for probe in monitor.canaries]),
+        "texts": digest(list(monitor.texts)),
         "beneath": [patch.id for patch in lm.patches if isinstance(patch, Patch)],
     }
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager
@@ -408,7 +394,7 @@ def _made(
         refused={edit: row.reason for row in at_edit if row.reason for edit in row.edits},
         fit_seconds=round(sum(row.fit_seconds for row in rows), 3),
         score_seconds=round(sum(row.score_seconds for row in rows), 3),
-        packages={name: version(name) for name in ("factpatch", "torch", "transformers")},
+        packages=packages(),
     )
 
 
@@ -424,14 +410,13 @@ def _scores(card: Scorecard | None) -> dict[ProtocolName, dict[ScoreRole, dict[s
     """What the card's summaries are the means of."""
     if card is None:
         return {}
-    roles: tuple[ScoreRole, ...] = ("edit", "rephrase", "portability", "locality", "fluency")
     return {
-        protocol: {role: found for role in roles if (found := card.per_edit(protocol, role))}
+        protocol: {role: found for role in _SCORED if (found := card.per_edit(protocol, role))}
         for protocol in card.versions
     }
 
 
-class _Row(_Value):
+class _Row(Result):
     """An outcome as it is kept: a number for each edit, role and protocol, not the answers."""
 
     moment: Moment

@@ -15,9 +15,10 @@ from typing import Any
 
 import psutil
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
+from pydantic import Field, PositiveFloat
 from torch import Tensor
 
+from factpatch.analysis.base import Result
 from factpatch.analysis.spectra import as_matrix
 from factpatch.bench import Failure, Mode
 from factpatch.bench.sequence import laid_in_turn
@@ -48,12 +49,7 @@ __all__ = [
 _log = logging.getLogger("factpatch")
 
 
-class _Value(BaseModel):
-    # A ruined model may have no finite perplexity, which JSON knows no number for.
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
-
-
-class Health(_Value):
+class Health(Result):
     """Limits within which a model is called healthy. None: not watched."""
 
     max_norm: PositiveFloat | None = Field(
@@ -67,7 +63,7 @@ class Health(_Value):
     )
 
 
-class Vitals(_Value):
+class Vitals(Result):
     """What was measured of a model at one moment.
 
     norm               Frobenius norm of the change of all weights, over that of the unedited weights; 0 where patches change
@@ -112,7 +108,7 @@ class Vitals(_Value):
         return sum(known) if known else None
 
 
-class Sign(_Value):
+class Sign(Result):
     """One measure beside its limit. A value of None could not be measured, and counts as healthy."""
 
     name: str
@@ -121,7 +117,7 @@ class Sign(_Value):
     healthy: bool
 
 
-class Verdict(_Value):
+class Verdict(Result):
     """Whether a model is healthy; each measure that is watched; and the reason in a sentence."""
 
     healthy: bool
@@ -137,22 +133,13 @@ class Verdict(_Value):
 def judge(vitals: Vitals, limits: Health) -> Verdict:
     """Measures against limits; what sits on its limit is healthy, and what is not a number is not."""
     signs, reasons = [], []
+    moved = "the weights have moved by {:.3g} of their norm"
+    risen = "perplexity on neutral texts is {:.3g} times that of the unedited model"
+    lost = f"{vitals.canaries_lost} of {len(vitals.canaries)} canary facts are lost, a share of {{:.3g}} is kept"
     for name, value, limit, is_most, says in (
-        ("norm", vitals.norm, limits.max_norm, True, "the weights have moved by {0:.3g} of their norm"),
-        (
-            "perplexity",
-            vitals.perplexity_ratio,
-            limits.max_perplexity,
-            True,
-            "perplexity on neutral texts is {0:.3g} times that of the unedited model",
-        ),
-        (
-            "canaries",
-            vitals.canaries_kept,
-            limits.min_canaries,
-            False,
-            f"{vitals.canaries_lost} of {len(vitals.canaries)} canary facts are lost, a share of {{0:.3g}} is kept",
-        ),
+        ("norm", vitals.norm, limits.max_norm, True, moved),
+        ("perplexity", vitals.perplexity_ratio, limits.max_perplexity, True, risen),
+        ("canaries", vitals.canaries_kept, limits.min_canaries, False, lost),
     ):
         if limit is None:
             continue

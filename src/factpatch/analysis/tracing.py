@@ -15,6 +15,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal, get_args
 
 import torch
@@ -42,6 +43,7 @@ __all__ = [
     "Trace",
     "average",
     "encoded_fact",
+    "shares",
     "subject_noise",
     "suggested_layer",
     "trace",
@@ -195,12 +197,25 @@ def trace_all(
 ) -> list[Trace]:
     """`trace` for each fact, in the order given; each is what it would be alone."""
     return [
-        trace(
-            lm, fact, part=part, window=window, samples=samples, noise=noise, seed=seed, chat=chat,
-            progress=part_of(progress, i, len(facts)),
-        )
-        for i, fact in enumerate(facts)
-    ]  # fmt: skip
+        trace(lm, fact, part=part, window=window, samples=samples, noise=noise, seed=seed, chat=chat, progress=told)
+        for fact, told in zip(facts, shares(lm, facts, progress, chat=chat), strict=True)
+    ]
+
+
+def shares(lm: LM, facts: Sequence[Fact], progress: Progress, *, chat: bool = False) -> list[Progress]:
+    """For the trace of each fact, what reports on it as a part of them all: in places, of which long prompts have more."""
+    layers = lm.anatomy.n_layers
+    texts = [encoded_fact(lm, fact, chat=chat) for fact in facts]
+    sizes = [(len(text.prompt_ids) - _span(text)[0]) * layers for text in texts]
+    starts = [0, *accumulate(sizes)]
+    return [_share(progress, start, size, starts[-1]) for start, size in zip(starts, sizes, strict=False)]
+
+
+def _share(progress: Progress, start: int, size: int, of: int) -> Progress:
+    def report(doing: str, done: int, total: int | None) -> None:
+        progress(doing, start + (size * done // total if total else 0), of)
+
+    return report
 
 
 def average(traces: Sequence[Trace]) -> AverageTrace:

@@ -12,13 +12,13 @@ import math
 import random
 import time
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
+from factpatch.analysis.base import Result, packages
 from factpatch.bench.singles import each_alone
 from factpatch.edits import Edit, first_problem
 from factpatch.errors import AnatomyError, BadConfig, BadFile, CannotEdit, SingularMoment
@@ -31,6 +31,7 @@ from factpatch.methods.located import place_field
 from factpatch.methods.moments import MomentConfig
 from factpatch.progress import Progress, silent
 from factpatch.scoring import Scorecard, Scorer, ScoreRole
+from factpatch.scoring.metrics import taken_together
 
 __all__ = ["FACTS", "RULE", "Preset", "Trial", "Tuned", "read_preset", "tune"]
 
@@ -39,18 +40,13 @@ FACTS = 8
 RULE = "harmonic mean of edit success, rephrase and locality when the model answers by itself; what is not scored is left out"
 
 _ROLES: tuple[ScoreRole, ...] = ("edit", "rephrase", "locality")
-_LEAST = 0.01
 _FOR_BATCHES = frozenset({"batch_size", "save_every", "most"})
 """Settings that change nothing, or little, where each edit is made alone."""
 _STUCK = 200
 """Changes in a row that were tried before, after which nothing new is expected."""
 
 
-class _Result(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Trial(_Result):
+class Trial(Result):
     """One choice of settings on some facts.
 
     settings  those that differ from the start
@@ -66,7 +62,7 @@ class Trial(_Result):
     reason: str = ""
 
 
-class Preset(_Result):
+class Preset(Result):
     """Settings of a method that serve a model, and where they come from; `--set @FILE` reads it.
 
     settings  those that differ from the method's defaults
@@ -87,10 +83,10 @@ class Preset(_Result):
         return path
 
 
-class Tuned(_Result):
+class Tuned(Result):
     """What the search found.
 
-    start, best    on the facts of the search
+    start, best    on the facts of the search; the start is the best if nothing has a higher score
     held_start, held_best  the same two on the others
     trials         all that was tried, in turn
     """
@@ -107,6 +103,11 @@ class Tuned(_Result):
     held: tuple[str, ...]
     seed: int
     preset: Preset
+
+    @property
+    def changed(self) -> bool:
+        """Whether any settings did better than the start in the search."""
+        return self.best.settings != self.start.settings
 
     @property
     def better(self) -> bool:
@@ -155,10 +156,11 @@ def tune(
         tried.add(_key(settings))
         found = search.trial(settings, search.facts)
         trials.append(found)
-        if (found.score, -found.seconds) > (best.score, -best.seconds):
+        if found.score > best.score:
             best = found
     progress("Searching settings", 1, 1)
-    held = [search.trial(each.settings, search.held) for each in (start, best)]
+    held = [search.trial(start.settings, search.held)]
+    held.append(held[0] if best is start else search.trial(best.settings, search.held))
     winner = best.settings if held[1].score > held[0].score else {}
     return Tuned(
         method=maker.name,
@@ -201,10 +203,10 @@ class _Search:
         self.base = method.resolve(lm)
         self.random = random.Random(seed)  # noqa: S311 - a search, no secret
         usable = [edit for edit in edits if _can(method, edit)]
-        if len(usable) < 4:
+        if len(usable) < 4 or limit < 1:
             raise CannotEdit(
-                f"{method.name} can make {len(usable)} of these {len(edits)} edits; a search takes four at least.\n"
-                "  Give more: --data"
+                f"{method.name} can make {len(usable)} of these {len(edits)} edits; a search takes four at least, and one "
+                "to search with.\n  Give more: --data, --limit"
             )
         drawn = self.random.sample(usable, min(2 * limit, len(usable) // 2 * 2))
         self.facts, self.held = tuple(drawn[::2]), tuple(drawn[1::2])
@@ -249,32 +251,30 @@ class _Search:
 
     def trial(self, settings: Mapping[str, Any], facts: Sequence[Edit]) -> Trial:
         """How these settings do; what the method refuses under them scores nothing."""
-        started = time.monotonic()
+        started, own = time.monotonic(), dict(settings)
         try:
             given = self.method.config.model_dump(include=self.method.config.model_fields_set)
-            method = type(self.method)(**{**self.base.model_dump(), **given, **settings})
+            method = type(self.method)(**{**self.base.model_dump(), **given, **own})
             outcomes = list(each_alone(self.lm, method, {i: [fact] for i, fact in enumerate(facts)}, self.scorer))
         except (AnatomyError, BadConfig, CannotEdit, SingularMoment) as error:
-            return Trial(
-                settings=dict(settings), score=0.0, measures={}, seconds=0.0, reason=str(error).splitlines()[0]
-            )
+            return Trial(settings=own, score=0.0, measures={}, seconds=0.0, reason=str(error).splitlines()[0])
         cards = [outcome.card for outcome in outcomes if outcome.card is not None]
-        reasons = [outcome.reason for outcome in outcomes if outcome.card is None]
         seconds = round(time.monotonic() - started, 3)
         if not cards:
-            return Trial(settings=dict(settings), score=0.0, measures={}, seconds=seconds, reason=reasons[0])
+            return Trial(settings=own, score=0.0, measures={}, seconds=seconds, reason=outcomes[0].reason)
         measures = _measures(Scorecard.join(cards), facts)
-        return Trial(settings=dict(settings), score=_score(measures), measures=measures, seconds=seconds)
+        score = taken_together(*(measures[role] for role in _ROLES)) or 0.0
+        return Trial(settings=own, score=score, measures=measures, seconds=seconds)
 
     def preset(self, settings: Mapping[str, Any], held: Sequence[Trial], tried: int, seed: int) -> Preset:
         """Everything in which these settings differ from the method's defaults."""
-        plain = type(self.base)()
+        plain = type(self.base)().model_dump(mode="json")
         whole = self.base.model_copy(update=dict(settings)).model_dump(mode="json", exclude={"chat", "seed"})
         return Preset(
             method=self.method.name,
             model=self.lm.name,
             fingerprint=self.lm.fingerprint,
-            settings={name: value for name, value in whole.items() if value != getattr(plain, name)},
+            settings={name: value for name, value in whole.items() if value != plain[name]},
             made={
                 "by": "factpatch tune",
                 "rule": RULE,
@@ -284,7 +284,7 @@ class _Search:
                 "score_before": held[0].score,
                 "score": max(each.score for each in held),
                 "seed": seed,
-                "versions": {name: version(name) for name in ("factpatch", "torch", "transformers")},
+                "versions": packages(),
             },
         )
 
@@ -309,13 +309,6 @@ def _measures(card: Scorecard, facts: Sequence[Edit]) -> dict[str, float | None]
         values = [own.get(edit.id, 0.0) for edit in facts] if role == "edit" else list(own.values())
         found[role] = fmean(values) if values else None
     return found
-
-
-def _score(measures: Mapping[str, float | None]) -> float:
-    parts = [value for value in measures.values() if value is not None]
-    if not measures.get("edit"):
-        return 0.0
-    return len(parts) / sum(1 / max(_LEAST, value) for value in parts)
 
 
 def _key(settings: Mapping[str, Any]) -> str:

@@ -14,9 +14,9 @@ from itertools import combinations
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from factpatch.analysis.base import Result
 from factpatch.analysis.spectra import ENERGY, Pieces, eps_of, mean_squared_cosine, rounding_noise, spectrum
 from factpatch.errors import AnatomyError
 from factpatch.lm import LM
@@ -45,11 +45,7 @@ THRESHOLDS: tuple[float, ...] = tuple(10 ** (k / 2) for k in range(-12, 3))
 _SPARSE = 0.05
 
 
-class _Value(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class MatrixChange(_Value):
+class MatrixChange(Result):
     """What became of one parameter: `D = W' - W`.
 
     The D of a weight patch is what the patch says, before the sum is rounded to the weights' type; `touched` is counted
@@ -89,7 +85,7 @@ class MatrixChange(_Value):
         return math.prod(self.shape)
 
 
-class BlockTotal(_Value):
+class BlockTotal(Result):
     """All changes in one block, or outside the blocks where `block` is None.
 
     relative  the norm of all changes over the norm of all matrices there, changed or not; None where that is zero
@@ -101,7 +97,7 @@ class BlockTotal(_Value):
     touched: int
 
 
-class Change(_Value):
+class Change(Result):
     """All that differs between two sets of weights.
 
     layers   how many blocks there are
@@ -134,7 +130,7 @@ class PatchChange(Change):
     numbers: int
 
 
-class MatrixOverlap(_Value):
+class MatrixOverlap(Result):
     """Two changes of one matrix `W` of `y = W x`.
 
     outputs    mean squared cosine of the principal angles between the spaces the two write into, 0 to 1
@@ -157,7 +153,7 @@ class MatrixOverlap(_Value):
     jaccard: float
 
 
-class Overlap(_Value):
+class Overlap(Result):
     """Two patches. `outputs` and `inputs` are means over the matrices that both change, None where there are none.
 
     cosine, jaccard  over all weights; a matrix that only one of them changes counts as untouched by the other
@@ -172,7 +168,7 @@ class Overlap(_Value):
     matrices: tuple[MatrixOverlap, ...]
 
 
-class WeightReport(_Value):
+class WeightReport(Result):
     """Patches side by side.
 
     parameters  of the model, tied ones once

@@ -95,9 +95,10 @@ def laid_in_turn(
 
 @dataclass(frozen=True, slots=True)
 class _Weights:
-    """The weights of a model as some patches left them: all that these did, if they change weights and nothing else.
+    """The model as some patches left it, for patches that change nothing but weights: it can be attached in their place.
 
-    The tensors are those that lie on the model or are kept to be put back there, so that it takes no room.
+    tensors  the weights' values at that moment, by name. They are shared with the model, or with what it keeps to put back
+             when a patch is taken off, so that keeping them takes no memory
     """
 
     tensors: Mapping[str, Tensor] = field(repr=False)
@@ -111,7 +112,11 @@ class _Weights:
 
 @dataclass(frozen=True, slots=True)
 class _Waiting:
-    """A patch that is still to be scored as the model was after it: the first `count` patches, or the weights they left."""
+    """A patch whose score is still to be taken, on the model as it was right after the patch was laid on it.
+
+    count    how many patches lay there then
+    weights  what they came to; None if they do more than change weights, so that the first `count` must be laid on again
+    """
 
     laid: Laid
     count: int

@@ -11,18 +11,9 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from factpatch.cli.terminal import (
-    DeviceOption,
-    DTypeOption,
-    JsonOption,
-    ModelOption,
-    err,
-    line,
-    number,
-    out,
-    print_json,
-    progress,
-)
+from factpatch.cli import options as opt
+from factpatch.cli.terminal import err, line, new_table, number, out, print_json, progress
+from factpatch.words import counted
 
 if TYPE_CHECKING:
     from factpatch.analysis.places import PlacesReport
@@ -46,12 +37,17 @@ def register(app: typer.Typer) -> None:
 
 
 def places(
-    model: ModelOption = "smollm2-135m",
+    model: opt.Model = opt.DEFAULT_MODEL,
     facts: Annotated[
         Path | None,
         typer.Option(help="JSON file with relations, facts and chains, instead of the built-in countries and cities."),
     ] = None,
-    limit: Annotated[int, typer.Option(min=2, help="Only the first so many facts that the model knows.")] = 40,
+    limit: Annotated[
+        int,
+        typer.Option(
+            min=2, help="So many of the facts that the model knows: the first, and some to compare them with."
+        ),
+    ] = 40,
     wordings: Annotated[int, typer.Option(min=1, help="Of each fact, the first so many that the model knows.")] = 2,
     part: Annotated[Literal["state", "mlp", "attention"], typer.Option(help="What causal tracing restores.")] = "mlp",
     top: Annotated[int, typer.Option(min=1, help="So many layers count as found by tracing.")] = 5,
@@ -64,15 +60,12 @@ def places(
         list[str] | None, typer.Option(help="Read what this method changes; may be repeated. Default: kn and rome.")
     ] = None,
     edits: Annotated[int, typer.Option(min=0, help="So many edits are made with each method to read.")] = 10,
-    patch: Annotated[
-        list[Path] | None,
-        typer.Option(help="Patch folder; places are looked for with it. May be repeated, in order."),
-    ] = None,
+    patch: opt.Patches = None,
     seed: Annotated[int, typer.Option(help="Of the noise in tracing.")] = 0,
     output: Annotated[Path | None, typer.Option("--out", help="New folder for pictures, with their numbers.")] = None,
-    dtype: DTypeOption = None,
-    device: DeviceOption = None,
-    as_json: JsonOption = False,
+    dtype: opt.DType = None,
+    device: opt.Device = None,
+    as_json: opt.Json = False,
 ) -> None:
     """Compare the places that knowledge neurons and causal tracing find for facts that belong together, and for unrelated ones.
 
@@ -129,7 +122,8 @@ def _show(
 ) -> None:
     line(
         ("places", "bold"),
-        f" of {found.facts} facts about {found.entities} entities, in {found.wordings} wordings, that {found.model} knows "
+        f" of {counted(found.facts, 'fact')} about {counted(found.entities, 'entity', 'entities')}, "
+        f"in {counted(found.wordings, 'wording')}, that {found.model} knows "
         f"(of {found.asked} asked)",
     )
     out.print(_level_table(rows))
@@ -149,11 +143,7 @@ def _show(
 
 
 def _level_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table(header_style="bold", box=None, pad_edge=False)
-    for name in ("measure", "level"):
-        table.add_column(name)
-    for name in ("groups", "pairs", "alike", "unrelated", "RSim", "interval"):
-        table.add_column(name, justify="right")
+    table = new_table("measure", "level", ">groups", ">pairs", ">alike", ">unrelated", ">RSim", ">interval")
     for row in rows:
         interval = "–" if row["rsim_low"] is None else f"{number(row['rsim_low'], 2)} to {number(row['rsim_high'], 2)}"
         numbers = (number(row["inside"]), number(row["outside"]), number(row["rsim"]), interval)
@@ -162,11 +152,9 @@ def _level_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _hit_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table(header_style="bold", box=None, pad_edge=False)
-    for name in ("method", "read", "over"):
-        table.add_column(name)
-    for name in ("edits", "made", "Hit@10 before", "after", "Hit@50 before", "after"):
-        table.add_column(name, justify="right")
+    table = new_table(
+        "method", "read", "over", ">edits", ">made", ">Hit@10 before", ">after", ">Hit@50 before", ">after"
+    )
     for row in rows:
         shares = (number(row[f"hit{most}_{moment}"], 2) for most in (10, 50) for moment in ("before", "after"))
         table.add_row(row["method"], row["read"], row["over"], str(row["edits"]), str(row["made"]), *shares)

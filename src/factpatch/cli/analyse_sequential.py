@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
-from factpatch.cli.terminal import (
-    BaseUrlOption,
-    ChatOption,
-    DeviceOption,
-    DTypeOption,
-    JsonOption,
-    ModelOption,
-    SkipOption,
-    err,
-    line,
-    number,
-    out,
-    print_json,
-    progress,
-)
+from factpatch.cli import options as opt
+from factpatch.cli.terminal import err, line, method_settings, new_table, number, out, print_json, progress, typed
 from factpatch.errors import BadConfig, BadFile
+from factpatch.words import counted
 
 if TYPE_CHECKING:
     from factpatch.analysis.decay import Decay, Rule
-    from factpatch.analysis.health import Monitor, Watched
-    from factpatch.bench import Failure
+    from factpatch.analysis.health import Monitor, Vitals, Watched
     from factpatch.edits import Edit
     from factpatch.lm import BaseLM
     from factpatch.methods import Method
@@ -57,18 +43,13 @@ def register(app: typer.Typer) -> None:
 
 
 def sequential(
-    methods: Annotated[list[str], typer.Option("--method", help="May be repeated; see: factpatch methods")],
-    data: Annotated[
-        str, typer.Option(help="NAME:PATH, the path of a file of your own, or sample; see: factpatch data")
-    ],
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many edits.")] = None,
+    methods: opt.Methods,
+    data: opt.Data,
+    limit: opt.Limit = None,
     at: Annotated[
         str, typer.Option(help="After how many patches to score all edits so far; always after the last.")
     ] = "1,3,10,30,100,300,1000",
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="METHOD.KEY=VALUE", help="A setting of a method; may be repeated."),
-    ] = None,
+    settings: opt.MethodSettings = None,
     output: Annotated[
         Path | None,
         typer.Option("--out", help="Folder for results and pictures; with --monitor, for the good patches."),
@@ -85,7 +66,12 @@ def sequential(
     ] = 2.0,
     min_canaries: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="Share of known facts that must stay known; default: 0.5, with --monitor 0.9."),
+        typer.Option(
+            min=0,
+            max=1,
+            help="Share of the canary facts, which the unedited model knows, that must be left; default: 0.5, or 0.9 "
+            "with --monitor.",
+        ),
     ] = None,
     min_success: Annotated[
         float,
@@ -95,17 +81,17 @@ def sequential(
         Path | None,
         typer.Option(help="Questions to watch instead of the built-in ones: .txt, .jsonl, .json or .csv."),
     ] = None,
-    model: ModelOption = "smollm2-135m",
-    base_url: BaseUrlOption = None,
-    chat: ChatOption = False,
+    model: opt.Model = opt.DEFAULT_MODEL,
+    base_url: opt.BaseUrl = None,
+    chat: opt.Chat = False,
     seed: Annotated[int, typer.Option(help="Of the methods and of sampled text.")] = 0,
     fluency: Annotated[
         bool, typer.Option("--fluency/--no-fluency", help="Whether to measure it, which takes half the time.")
     ] = True,
-    dtype: DTypeOption = None,
-    device: DeviceOption = None,
-    skip_invalid: SkipOption = False,
-    as_json: JsonOption = False,
+    dtype: opt.DType = None,
+    device: opt.Device = None,
+    skip_invalid: opt.SkipInvalid = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Make edits one after the other, keep all of them, and show how they, the model and what it knew fare.
 
@@ -113,9 +99,9 @@ def sequential(
     refuses; edits are counted as they were made.
 
     At each checkpoint: success of the edits so far, right after each was made and now; by their age; rephrases, portability,
-    locality, fluency; how far the weights have moved, perplexity on neutral texts, and the guard's questions. Where each
-    method broke is said by a rule, which --min-success, --max-perplexity and --min-canaries set. Exits with 1 if a method
-    could make none of the edits.
+    locality, fluency; how far the weights have moved, perplexity on neutral texts, and the guard's questions, of which those
+    that the unedited model answers rightly are its canary facts. Where each method broke is said by a rule, which
+    --min-success, --max-perplexity and --min-canaries set. Exits with 1 if a method could make none of the edits.
 
     With --monitor nothing is scored: the sequence is stopped at the last edit with which the model was healthy, and the
     patches up to it are saved under --out. Exits with 1 if it was stopped.
@@ -174,7 +160,6 @@ def _makers(
     methods: Sequence[str], pairs: Sequence[str], common: Mapping[str, Any], *, chat: bool
 ) -> dict[str, Method[Any]]:
     """The methods by name, each with its own settings."""
-    from factpatch.cli.terminal import method_settings
     from factpatch.methods import create
 
     own: dict[str, list[str]] = {name: [] for name in methods}
@@ -253,37 +238,31 @@ def _tell_decays(
 def _decay_json(decay: Decay, rule: Rule, data: str) -> dict[str, Any]:
     from factpatch.analysis.decay import breaks
 
-    about: dict[str, Any] = json.loads(decay.model_dump_json(exclude={"at_edit", "checkpoints", "refused"}))
+    about = decay.model_dump(mode="json", exclude={"at_edit", "checkpoints", "refused"})
     return about | {
         "dataset": data,
-        "points": {p: [_plain(point) for point in decay.points(p)] for p in decay.protocols},
+        "points": {p: [point.model_dump(mode="json") for point in decay.points(p)] for p in decay.protocols},
         "ages": {
             p: [
-                {"patches": checkpoint.patches, "bins": [_plain(one) for one in decay.ages(p, i)]}
+                {"patches": checkpoint.patches, "bins": [one.model_dump(mode="json") for one in decay.ages(p, i)]}
                 for i, checkpoint in enumerate(decay.checkpoints)
             ]
             for p in decay.protocols
         },
-        "vitals": [{"patches": c.patches, **_plain(c.vitals)} for c in decay.checkpoints],
+        "vitals": [{"patches": c.patches, **c.vitals.model_dump(mode="json")} for c in decay.checkpoints],
         "rule": rule.says(),
-        "breaks": {p: [_plain(one) for one in breaks(decay, rule, p)] for p in decay.protocols},
+        "breaks": {p: [one.model_dump(mode="json") for one in breaks(decay, rule, p)] for p in decay.protocols},
         "not_made": [{"edit": edit, "reason": reason} for edit, reason in decay.refused.items()],
     }
 
 
-def _plain(value: Any) -> dict[str, Any]:
-    """As JSON, which has no number that is not finite."""
-    found: dict[str, Any] = json.loads(value.model_dump_json())
-    return found
-
-
 def _show_decay(name: str, decay: Decay, data: str) -> None:
-    line((name, "bold"), f" on {data}, {decay.units} patches asked for, {decay.model}")
+    line((name, "bold"), f" on {data}, {counted(decay.units, 'patch', 'patches')} asked for, {decay.model}")
     if not decay.checkpoints:
         return
     scores = ("at_edit", "at_end", "rephrase", "portability", "locality", "fluency")
     _table(
-        ("protocol", "patches", *(name.replace("_", " ") for name in scores)),
+        ("protocol", ">patches", *(f">{name.replace('_', ' ')}" for name in scores)),
         [
             (
                 "" if i else protocol,
@@ -295,18 +274,13 @@ def _show_decay(name: str, decay: Decay, data: str) -> None:
         ],
     )
     _table(
-        ("model", "patches", "perplexity ratio", "weights moved by", "guard answers right"),
+        ("model", ">patches", ">perplexity ratio", ">weights moved by", ">guard right", ">canary facts"),
         [
-            (
-                "",
-                _asked(checkpoint.patches, sum(map(len, checkpoint.made))),
-                number(checkpoint.vitals.perplexity_ratio, 2),
-                number(checkpoint.vitals.norm, 4),
-                "–"
-                if checkpoint.vitals.right is None
-                else f"{checkpoint.vitals.right} of {len(checkpoint.vitals.questions)}",
-            )
-            for checkpoint in decay.checkpoints
+            _vitals("unedited", "0", decay.unedited),
+            *(
+                _vitals("", _asked(checkpoint.patches, sum(map(len, checkpoint.made))), checkpoint.vitals)
+                for checkpoint in decay.checkpoints
+            ),
         ],
     )
     for protocol in decay.protocols:
@@ -317,15 +291,26 @@ def _show_decay(name: str, decay: Decay, data: str) -> None:
         line((f"{protocol}, success at the end by patches made since: {bins}", "dim"))
 
 
+def _vitals(name: str, patches: str, vitals: Vitals) -> tuple[str, ...]:
+    """A row of the model's table. Canary facts are the questions of which something could be lost."""
+    asked = len(vitals.canaries)
+    return (
+        name,
+        patches,
+        number(vitals.perplexity_ratio, 2),
+        number(vitals.norm, 4),
+        "–" if vitals.right is None else f"{vitals.right} of {len(vitals.questions)}",
+        f"{asked - vitals.canaries_lost} of {asked}" if asked else "–",
+    )
+
+
 def _asked(patches: int, edits: int) -> str:
     """How many patches were asked for, and how many edits were made where that is another number."""
-    return str(patches) if edits == patches else f"{patches} ({edits} edits)"
+    return str(patches) if edits == patches else f"{patches} ({counted(edits, 'edit')})"
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = Table(header_style="bold", box=None, pad_edge=False)
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left")
+    table = new_table(*columns)
     for row in rows:
         table.add_row(*row)
     out.print(table)
@@ -341,9 +326,9 @@ def _show_breaks(decays: Mapping[str, Decay], rule: Rule) -> None:
             continue
         found = breaks(decay, rule, decay.protocols[0])
         if not found:
-            line(f"  {name}: not within {decay.checkpoints[-1].patches} patches")
+            line(f"  {name}: not within {counted(decay.checkpoints[-1].patches, 'patch', 'patches')}")
         for one in found:
-            line(f"  {name}: between {one.after} and {one.at} patches: {one.says}")
+            line(f"  {name}: between {one.after} and {counted(one.at, 'patch', 'patches')}: {one.says}")
     line((rule.says(), "dim"))
 
 
@@ -392,7 +377,8 @@ def _tell_watched(found: Mapping[str, Watched], folder: Path | None, model: str,
         for name, watched in found.items():
             _show_watched(name, watched, folder, model)
     for name, watched in found.items():
-        _tell_refused(name, watched.failures)
+        for failure in watched.failures:
+            err.print(Text(f"not made by {name}: ", style="yellow") + Text(failure.reason), soft_wrap=True)
         if unseen := watched.verdict.unmeasured:
             err.print(
                 Text(f"not watched with {name}: ", style="yellow")
@@ -405,11 +391,6 @@ def _tell_watched(found: Mapping[str, Watched], folder: Path | None, model: str,
         raise typer.Exit(1)
 
 
-def _tell_refused(name: str, failures: Sequence[Failure]) -> None:
-    for failure in failures:
-        err.print(Text(f"not made by {name}: ", style="yellow") + Text(failure.reason), soft_wrap=True)
-
-
 def _watched_json(name: str, watched: Watched, folder: Path | None) -> dict[str, Any]:
     return {
         "method": name,
@@ -418,8 +399,8 @@ def _watched_json(name: str, watched: Watched, folder: Path | None) -> dict[str,
         "asked": watched.units,
         "edits": [edit for ids in watched.edits for edit in ids],
         "culprit": list(watched.culprit),
-        "verdict": _plain(watched.verdict),
-        "checks": [{"patches": check.patches, **_plain(check.verdict)} for check in watched.checks],
+        "verdict": watched.verdict.model_dump(mode="json"),
+        "checks": [{"patches": check.patches, **check.verdict.model_dump(mode="json")} for check in watched.checks],
         "patches": [str(place) for place, _ in _places(folder / name, watched)] if folder is not None else [],
         "not_made": [{"edit": failure.edit, "reason": failure.reason} for failure in watched.failures],
     }
@@ -428,23 +409,21 @@ def _watched_json(name: str, watched: Watched, folder: Path | None) -> dict[str,
 def _show_watched(name: str, watched: Watched, folder: Path | None, model: str) -> None:
     if watched.stopped_early:
         which = f", sick with {', '.join(watched.culprit)}" if watched.culprit else ", sick before any edit"
-        line((name, "bold"), f": stopped after {len(watched.patches)} of {watched.units} patches{which}")
+        line(
+            (name, "bold"),
+            f": stopped after {len(watched.patches)} of {counted(watched.units, 'patch', 'patches')}{which}",
+        )
     else:
-        line((name, "bold"), f": healthy with all {len(watched.patches)} patches that were made")
+        line((name, "bold"), f": healthy with all of {counted(len(watched.patches), 'patch', 'patches')} made")
     line(f"  {watched.verdict.reason}")
-    table = Table(header_style="bold", box=None, pad_edge=False)
-    table.add_column("patches", justify="right")
-    for sign in watched.verdict.signs:
-        table.add_column(f"{sign.name} (limit {sign.limit:g})", justify="right")
+    line(
+        ("  canaries: the share left of the questions that the unedited model answers rightly, the canary facts", "dim")
+    )
+    table = new_table(">patches", *(f">{sign.name} (limit {sign.limit:g})" for sign in watched.verdict.signs))
     for check in watched.checks:
         values = [Text(number(s.value, 4), style="" if s.healthy else "red") for s in check.verdict.signs]
         table.add_row(str(check.patches), *values)
     out.print(table)
     if folder is not None and watched.patches:
-        line(
-            (
-                f"Good patches, in order: {folder / name}. Merge them: factpatch patch merge {folder / name}/* -m {model}"
-                " --out MODEL",
-                "dim",
-            )
-        )
+        merge = f"{typed('patch', 'merge', folder / name)}/* {shlex.join(['-m', model])} --out MODEL"
+        line((f"Good patches, in order: {folder / name}. Merge them: {merge}", "dim"))

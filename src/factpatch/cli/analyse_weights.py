@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from factpatch.cli.terminal import DTypeOption, JsonOption, ModelOption, line, number, out, print_json, progress
+from factpatch.cli import options as opt
+from factpatch.cli.terminal import line, new_table, number, out, print_json, progress
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,12 +35,10 @@ def register(app: typer.Typer) -> None:
 
 def weights(
     patches: Annotated[list[Path], typer.Argument(metavar="PATCH...", help="Patch folders.")],
-    model: ModelOption = "smollm2-135m",
-    dtype: DTypeOption = None,
-    folder: Annotated[
-        Path | None, typer.Option("--out", help="Folder for pictures (SVG) with their numbers (CSV) beside them.")
-    ] = None,
-    as_json: JsonOption = False,
+    model: opt.Model = opt.DEFAULT_MODEL,
+    dtype: opt.DType = None,
+    folder: opt.Pictures = None,
+    as_json: opt.Json = False,
 ) -> None:
     """What patches change in a model's weights: norm and rank of every matrix, share of entries touched, and overlap.
 
@@ -167,10 +166,9 @@ def _span(values: Sequence[float]) -> str:
 
 
 def _overlap_table(overlaps: Sequence[Overlap]) -> Table:
-    table = Table(header_style="bold", box=None, pad_edge=False)
-    table.add_column("overlap")
-    for name in ("shared matrices", "outputs", "inputs", "by chance", "cosine", "entries in common"):
-        table.add_column(name, justify="right")
+    table = new_table(
+        "overlap", ">shared matrices", ">outputs", ">inputs", ">by chance", ">cosine", ">entries in common"
+    )
     for o in overlaps:
         chance = [sum(m.by_chance[i] for m in o.matrices) / len(o.matrices) for i in (0, 1)]
         table.add_row(

@@ -36,7 +36,7 @@ from factpatch.cli import (
 from factpatch.cli.terminal import fail
 from factpatch.errors import FactpatchError
 
-__all__ = ["app", "main"]
+__all__ = ["app", "run"]
 
 app = typer.Typer(
     name="factpatch",
@@ -89,8 +89,8 @@ def options(
     """What stands before any command."""
 
 
-def main() -> None:
-    """Run the command; exit with 0 for done, 1 for not good enough, 2 for bad input, 130 if it was interrupted."""
+def run() -> None:
+    """Parse the arguments and run the command, as `main` has it."""
     logging.getLogger("factpatch").addHandler(logging.StreamHandler(sys.stderr))
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries; the last one becomes our error
     try:

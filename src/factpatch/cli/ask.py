@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from factpatch.cli.terminal import (
-    BaseUrlOption,
-    ChatOption,
-    DeviceOption,
-    DTypeOption,
-    JsonOption,
-    ModelOption,
-    err,
-    line,
-    print_json,
-    progress,
-)
+from factpatch.cli import options as opt
+from factpatch.cli.terminal import err, line, print_json, progress
 
 EXAMPLES = """
 [bold]Examples[/bold]
@@ -37,13 +26,13 @@ def register(app: typer.Typer) -> None:
 
 def ask(
     prompt: Annotated[str, typer.Argument(help="What to ask.")],
-    model: ModelOption = "smollm2-135m",
-    base_url: BaseUrlOption = None,
-    patch: Annotated[list[Path] | None, typer.Option(help="Patch folder; may be repeated, in order.")] = None,
-    chat: ChatOption = False,
-    dtype: DTypeOption = None,
-    device: DeviceOption = None,
-    as_json: JsonOption = False,
+    model: opt.Model = opt.DEFAULT_MODEL,
+    base_url: opt.BaseUrl = None,
+    patch: opt.Patches = None,
+    chat: opt.Chat = False,
+    dtype: opt.DType = None,
+    device: opt.Device = None,
+    as_json: opt.Json = False,
 ) -> None:
     """Ask the model, without and with patches; greedy, up to the end of a line or sentence."""
     from factpatch.lm import load_or_connect

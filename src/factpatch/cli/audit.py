@@ -7,20 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
-from factpatch.cli.terminal import (
-    ChatOption,
-    DeviceOption,
-    DTypeOption,
-    JsonOption,
-    ModelOption,
-    SkipOption,
-    line,
-    out,
-    print_json,
-    progress,
-)
+from factpatch.cli import options as opt
+from factpatch.cli.terminal import line, new_table, out, print_json, progress
 from factpatch.errors import BadConfig
 
 if TYPE_CHECKING:
@@ -43,13 +32,13 @@ def register(app: typer.Typer) -> None:
 
 
 def audit(
-    model: ModelOption = "smollm2-135m",
-    patch: Annotated[list[Path] | None, typer.Option(help="Patch folder; may be repeated, in order.")] = None,
+    model: opt.Model = opt.DEFAULT_MODEL,
+    patch: opt.Patches = None,
     data: Annotated[
         str | None,
         typer.Option(help="Edits whose old answers are looked for, NAME:PATH or a file; default: the patches' own."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many edits.")] = None,
+    limit: opt.Limit = None,
     before: Annotated[
         str | None, typer.Option(help="A model that still knows; default: --model without its patches.")
     ] = None,
@@ -66,11 +55,11 @@ def audit(
     ] = None,
     output: Annotated[Path | None, typer.Option("--out", help="New folder for the page, tables and pictures.")] = None,
     seed: Annotated[int, typer.Option(help="Decides all that is drawn at random.")] = 0,
-    chat: ChatOption = False,
-    dtype: DTypeOption = None,
-    device: DeviceOption = None,
-    skip_invalid: SkipOption = False,
-    as_json: JsonOption = False,
+    chat: opt.Chat = False,
+    dtype: opt.DType = None,
+    device: opt.Device = None,
+    skip_invalid: opt.SkipInvalid = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Attack erased and changed facts as the literature does, and tell what of their old answers can still be got out.
 
@@ -84,7 +73,7 @@ def audit(
     """
     if not patch and data is None:
         raise BadConfig(
-            "nothing to audit: give --patch, or a model and the edits it was changed by, --model and --data."
+            "nothing to audit.\n  Give --patch, or a model and the edits it was changed by, --model and --data."
         )
     if data is None and (limit is not None or skip_invalid):
         raise BadConfig("--limit, --skip-invalid: they belong to --data.\n  Leave them out.")
@@ -135,14 +124,11 @@ def audit(
 
 
 def _show(found: Audit) -> None:
-    from factpatch.analysis.audit_words import NAMES, fact_verdict, verdict
+    from factpatch.analysis.audit_words import NAMES, fact_verdict, not_tried, verdict
 
     head, *rest = verdict(found)
     line((head, "bold red" if found.recovered or found.in_doubt else "bold"))
-    table = Table(header_style="bold", box=None, pad_edge=False)
-    table.add_column("attack")
-    for name in (*(NAMES[state] for state in found.states), "decoys", "p"):
-        table.add_column(name, justify="right")
+    table = new_table("attack", *(f">{NAMES[state]}" for state in found.states), ">decoys", ">p")
     for name, title in (("", "all together"), *((info.name, info.title) for info in found.attacks)):
         now = found.recall("after", name or None)
         counts = [
@@ -156,3 +142,6 @@ def _show(found: Audit) -> None:
         line(f"{fact.id}: ", (fact_verdict(found, fact.id), "red" if found.finders(fact.id) else ""))
     for text in rest:
         line(text)
+    line("Not tried:")
+    for text in not_tried(found):
+        line(f"  - {text}")

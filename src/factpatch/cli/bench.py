@@ -6,26 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
-from factpatch.cli.terminal import (
-    BaseUrlOption,
-    ChatOption,
-    DeviceOption,
-    DTypeOption,
-    JsonOption,
-    JudgeOption,
-    JudgeUrlOption,
-    RetainOption,
-    SkipOption,
-    err,
-    line,
-    number,
-    out,
-    print_json,
-    progress,
-)
+from factpatch.cli import options as opt
+from factpatch.cli.terminal import err, if_interrupted, line, new_table, number, out, print_json, progress, typed
 from factpatch.errors import BadConfig
 
 if TYPE_CHECKING:
@@ -57,10 +41,7 @@ def bench(
     methods: Annotated[
         list[str] | None, typer.Option("--method", help="May be repeated; see: factpatch methods")
     ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="METHOD.KEY=VALUE", help="A setting of a method; may be repeated."),
-    ] = None,
+    settings: opt.MethodSettings = None,
     data: Annotated[
         list[str] | None, typer.Option(help="NAME:PATH, a file of your own, or sample; may be repeated.")
     ] = None,
@@ -70,28 +51,26 @@ def bench(
         str | None,
         typer.Option(help="single (each edit alone; the default), batch:K (K edits in a patch), or sequential."),
     ] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="As for the other commands; default: smollm2-135m.")
-    ] = None,
-    base_url: BaseUrlOption = None,
+    model: opt.OptionalModel = None,
+    base_url: opt.BaseUrl = None,
     seed: Annotated[int | None, typer.Option(help="Of the methods and of sampled text; default: 0.")] = None,
-    chat: ChatOption = False,
+    chat: opt.Chat = False,
     fluency: Annotated[
         bool | None, typer.Option("--fluency/--no-fluency", help="Whether to measure it, which takes half the time.")
     ] = None,
-    retain: RetainOption = None,
-    judge: JudgeOption = None,
-    judge_url: JudgeUrlOption = None,
-    dtype: DTypeOption = None,
-    device: DeviceOption = None,
+    retain: opt.Retain = None,
+    judge: opt.Judge = None,
+    judge_url: opt.JudgeUrl = None,
+    dtype: opt.DType = None,
+    device: opt.Device = None,
     engine: Annotated[
         Literal["local", "ray"], typer.Option(help="Where to work: here, or on a Ray cluster.")
     ] = "local",
     address: Annotated[str | None, typer.Option(help="Of the Ray cluster; default: one is started here.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="With --engine ray: how many.")] = None,
     plan_only: Annotated[bool, typer.Option("--plan", help="Say what would be done, and stop.")] = False,
-    skip_invalid: SkipOption = False,
-    as_json: JsonOption = False,
+    skip_invalid: opt.SkipInvalid = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Make and score every edit of every data set with every method, under both protocols.
 
@@ -99,7 +78,7 @@ def bench(
     may work on one folder. Exits with 1 if a method failed on a data set; what failed is tried again by the next run.
     """
     if engine == "local" and (address or workers):
-        raise BadConfig("--address, --workers: they belong to --engine ray.")
+        raise BadConfig("--address, --workers: they belong to --engine ray.\n  Leave them out, or give it.")
 
     from factpatch.bench import Run, Worker
     from factpatch.bench.cluster import go_on_cluster
@@ -131,7 +110,8 @@ def bench(
         _show(plan, run.grid.mode)
     if plan_only:
         return
-    with progress() as report:
+    goes_on = f"what is done is kept in {output}, and the same command goes on with it."
+    with if_interrupted(lambda: goes_on), progress() as report:
         if engine == "ray":
             go_on_cluster(run, report, address=address, workers=workers)
         else:
@@ -144,7 +124,7 @@ def bench(
         from factpatch.cli.report import show_tables
 
         show_tables(run.store)
-        line((f"All of it as a page: factpatch report {output} --format html --out report.html", "dim"))
+        line((f"All of it as a page: {typed('report', output, '--format', 'html', '--out', 'report.html')}", "dim"))
     for cell, reason in run.failed.items():
         about = run.store.cells()[cell]
         err.print(
@@ -204,9 +184,7 @@ def _planned(plan: Plan) -> dict[str, Any]:
 def _show(plan: Plan, mode: str) -> None:
     from factpatch.bench.run import duration
 
-    table = Table(header_style="bold", box=None, pad_edge=False)
-    for name in ("method", "data", "edits", "patches", "done", "about", "memory (MB)"):
-        table.add_column(name, justify="left" if name in {"method", "data"} else "right")
+    table = new_table("method", "data", ">edits", ">patches", ">done", ">about", ">memory (MB)")
     for cell in plan.cells:
         settings = "".join(f" {key}={value}" for key, value in cell.spec.settings.items())
         about = "not known" if cell.seconds_left is None else duration(cell.seconds_left) if cell.seconds_left else "–"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
-from factpatch.cli.terminal import JsonOption, line, out, print_json, progress
+from factpatch.cli import options as opt
+from factpatch.cli.terminal import line, new_table, out, print_json, progress
 
 if TYPE_CHECKING:
     from factpatch.methods import Method
@@ -22,7 +22,7 @@ def register(app: typer.Typer) -> None:
 
 def methods(
     name: Annotated[str | None, typer.Argument(help="One method, to see its settings.")] = None,
-    as_json: JsonOption = False,
+    as_json: opt.Json = False,
 ) -> None:
     """All editing methods, what each is and needs; with a name, that method's settings."""
     from factpatch.methods import find, names
@@ -77,9 +77,7 @@ def _settings(name: str, as_json: bool) -> None:
         print_json({"method": name, "settings": rows, "presets": presets})
         return
     line((name, "bold"), f"  {method.traits.paper}\n")
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("setting", "default", "meaning"):
-        table.add_column(column)
+    table = new_table("setting", "default", "meaning")
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
     out.print(table)
@@ -89,7 +87,7 @@ def _settings(name: str, as_json: bool) -> None:
 
 
 @models.callback()
-def list_models(context: typer.Context, as_json: JsonOption = False) -> None:
+def list_models(context: typer.Context, as_json: opt.Json = False) -> None:
     """Models with a short name, one line each. Folders, .gguf files and hub ids work everywhere too."""
     if context.invoked_subcommand is not None:
         return
@@ -120,13 +118,16 @@ def list_models(context: typer.Context, as_json: JsonOption = False) -> None:
 @models.command(name="show", epilog="[bold]Example[/bold]\n\n  factpatch models show smollm2-135m")
 def show_model(
     model: Annotated[str, typer.Argument(help="Short name, folder, .gguf file, or hub id.")],
-    as_json: JsonOption = False,
+    as_json: opt.Json = False,
 ) -> None:
-    """The anatomy found in a model: its blocks, projections, norm and head."""
+    """Where a model lies on this machine, and the anatomy found in it: its blocks, projections, norm and head."""
+    from factpatch.export.using import folder_of
     from factpatch.lm import load
 
     with progress() as report:
-        described = load(model, progress=report).describe()
+        lm = load(model, progress=report)
+    folder = folder_of(lm)
+    described = {"folder": str(folder) if folder else None, **lm.describe()}
     if as_json:
         print_json(described)
         return

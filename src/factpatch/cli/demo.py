@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from factpatch.cli import options as opt
 from factpatch.cli.terminal import (
-    JsonOption,
-    ModelOption,
     err,
     line,
     number,
@@ -21,6 +19,7 @@ from factpatch.cli.terminal import (
     progress,
     summary_table,
     telling,
+    typed,
 )
 from factpatch.edits import Edit, Probe
 
@@ -56,12 +55,12 @@ def register(app: typer.Typer) -> None:
 
 
 def demo(
-    model: ModelOption = "smollm2-135m",
+    model: opt.Model = opt.DEFAULT_MODEL,
     method: Annotated[str, typer.Option(help="How to edit.")] = "rome",
     output: Annotated[
         Path, typer.Option("--out", help="Folder for the patch; a patch that is there is replaced.")
     ] = Path("demo-patch"),
-    as_json: JsonOption = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Patch one fact, prove that it worked, save the patch, take it off again, and prove that too."""
     with telling(not as_json):
@@ -117,7 +116,7 @@ def _show(model: str, method: str, output: Path) -> dict[str, Any]:
     _step(5, "Taken off, the old answer is back:")
     said["undone"] = _say(lm)
     _prove_untouched(lm, untouched, checksum(lm.model))
-    line("\nNext, try:  ", (f'{command_to_type()} ask --patch {output} "The capital city of France is called"', "bold"))
+    line("\nNext, try:  ", (typed("ask", "--patch", output, "The capital city of France is called"), "bold"))
     return {
         "prompt": FACT.prompt,
         "said": said,
@@ -143,9 +142,3 @@ def _prove_untouched(lm: LM, before: str, after: str) -> None:
         sys.exit(1)
     count = sum(parameter.numel() for parameter in lm.model.parameters())
     line(f"   and all {count:,} weights are bit for bit as before (SHA-256 {before[:16]}… before and after).")
-
-
-def command_to_type() -> str:
-    """What to type for this program: its name, or where it lies if no shell would find it."""
-    own = Path(sys.argv[0])
-    return str(own) if own.name == "factpatch" and not shutil.which("factpatch") else "factpatch"

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from factpatch.cli.gating import AUTO, ProposeOption, RequireOption, as_shown, gate_of, show_attempts, show_judgement
+from factpatch.cli import options as opt
+from factpatch.cli.gating import AUTO, as_shown, gate_of, say_attempt, show_attempts, show_judgement, tell_beside
 from factpatch.cli.planning import tell_plan
 from factpatch.cli.terminal import (
-    BaseUrlOption,
-    ChatOption,
-    DeviceOption,
-    DTypeOption,
-    JsonOption,
-    ModelOption,
-    RetainOption,
-    SetOption,
-    SkipOption,
     change_line,
+    if_interrupted,
+    is_written,
     line,
     method_settings,
     out,
@@ -28,9 +22,11 @@ from factpatch.cli.terminal import (
     probe_table,
     progress,
     summary_table,
+    typed,
 )
 from factpatch.edits import Edit
 from factpatch.errors import BadRecord
+from factpatch.words import counted
 
 if TYPE_CHECKING:
     from factpatch.gate import AutoChoice
@@ -59,107 +55,110 @@ def register(app: typer.Typer) -> None:
 
 
 def edit(
-    model: ModelOption = "smollm2-135m",
-    base_url: BaseUrlOption = None,
+    model: opt.Model = opt.DEFAULT_MODEL,
+    base_url: opt.BaseUrl = None,
     method: Annotated[
         str, typer.Option(help="How to edit; see: factpatch methods. auto: the cheapest that passes.")
     ] = "rome",
-    prompt: Annotated[str | None, typer.Option(help="What the model is asked, without the answer.")] = None,
-    target: Annotated[str | None, typer.Option(help="What it should say.")] = None,
-    subject: Annotated[str | None, typer.Option(help="The part of the prompt the fact is about.")] = None,
-    rephrase: Annotated[
-        list[str] | None, typer.Option(help="Another wording to test it with; may be repeated.")
-    ] = None,
-    unrelated: Annotated[
-        list[str] | None, typer.Option(help="A prompt whose answer must stay as it is; may be repeated.")
-    ] = None,
-    edits: Annotated[str | None, typer.Option(help="Many edits: a .jsonl or .csv file, or NAME:PATH.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many edits of the file.")] = None,
+    prompt: opt.Prompt = None,
+    target: opt.Target = None,
+    subject: opt.Subject = None,
+    rephrase: opt.Rephrase = None,
+    unrelated: opt.Unrelated = None,
+    edits: opt.Edits = None,
+    limit: opt.Limit = None,
     output: Annotated[Path | None, typer.Option("--out", help="New folder for the patch.")] = None,
-    require: RequireOption = None,
-    propose: ProposeOption = True,
-    retain: RetainOption = None,
+    require: opt.Require = None,
+    propose: opt.Propose = True,
+    retain: opt.Retain = None,
+    minutes: opt.Minutes = None,
     plan_only: Annotated[
         bool,
         typer.Option(
             "--plan", help="Only tell what the edit will need: memory, what must be prepared, the patch's size."
         ),
     ] = False,
-    settings: SetOption = None,
-    chat: ChatOption = False,
-    dtype: DTypeOption = None,
-    device: DeviceOption = None,
-    skip_invalid: SkipOption = False,
-    as_json: JsonOption = False,
+    settings: opt.Settings = None,
+    chat: opt.Chat = False,
+    dtype: opt.DType = None,
+    device: opt.Device = None,
+    skip_invalid: opt.SkipInvalid = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Make a patch, show what it changes and what the model says before and after, and save it.
 
     Exits with 1 if the model, asked freely, does not give every target; the patch is saved all the same. With --require,
     --retain or --method auto the patch must pass a gate, by default edit_success>=1: one that does not is not saved, what
-    spoke against it is shown, and it exits with 1. With --plan
-    nothing is made and no weight is read, though a short name is fetched; it exits with 1 if the memory that is free is too
-    little. Without an edit it plans for one short fact.
+    spoke against it is shown, and it exits with 1. With --plan nothing is made and no weight is read, though a short name is
+    fetched; it exits with 1 if the memory that is free is too little. Without an edit it plans for one short fact.
     """
-    one: dict[str, Any] = {"prompt": prompt, "target": target, "subject": subject, "rephrases": rephrase or None}
-    one["locality"] = {"Unrelated": [{"prompt": text} for text in unrelated]} if unrelated else None
+    one = one_edit(prompt, target, subject, rephrase, unrelated)
     if plan_only:
-        if output is not None or base_url is not None:
-            unwanted = "--out" if output is not None else "--base-url"
-            raise BadRecord(
-                "the command line", None, unwanted, "does not belong to --plan, which makes nothing; leave it out."
-            )
-        if method == AUTO:
-            raise BadRecord(
-                "the command line", None, "--method auto", "cannot be planned; name a method.", "See: factpatch methods"
-            )
-        given = any(value is not None for value in (edits, *one.values()))
-        wanted = edits_of(one, edits, limit, skip_invalid) if given else edits_of(_EXAMPLE, None, limit, skip_invalid)
+        _check_plan(output, base_url, method)
+        wanted = edits_of(one if one or edits is not None else _EXAMPLE, edits, limit, skip_invalid)
         tell_plan(model, method, wanted, method_settings(settings, chat=chat), dtype, device, as_json=as_json)
         return
     wanted = edits_of(one, edits, limit, skip_invalid)
     if output is None:
-        raise BadRecord(
-            "the command line", None, "--out", "is missing.", "Name a new folder for the patch, or give --plan."
-        )
+        raise wrong("--out", "is missing.", "Name a new folder for the patch, or give --plan.")
 
     from factpatch.files import check_output
+    from factpatch.gate import Gate, choose
+    from factpatch.gate.auto import attempt
     from factpatch.lm import load_or_connect
     from factpatch.methods import create
-    from factpatch.scoring import Scorer
 
     check_output(output)
     chosen = method_settings(settings, chat=chat)
-    if require or retain is not None or method == AUTO:
-        from factpatch.gate import choose
-        from factpatch.gate.auto import attempt
-
-        gate = gate_of(require or (), retain, proposes=propose, chat=chat, full=True)
-        with progress() as report:
-            lm = load_or_connect(model, base_url=base_url, dtype=dtype, device=device, progress=report)
-            if method == AUTO:
-                choice = choose(lm, wanted, gate, settings=chosen, progress=report)
-            else:
-                choice = attempt(lm, wanted, gate, create(method, chosen), report)
-        _tell_gated(choice, output, model, auto=method == AUTO, as_json=as_json)
-        return
-    maker = create(method, chosen)
-    maker.check(wanted)
-    with progress() as report:
+    is_gated = bool(require) or retain is not None or method == AUTO
+    gate = (
+        gate_of(require or (), retain, proposes=propose, chat=chat, full=True)
+        if is_gated
+        else Gate((), proposes=False, chat=chat, full=True)
+    )
+    maker = None if method == AUTO else create(method, chosen)
+    if maker is not None:
+        maker.check(wanted)
+    if maker is not None and minutes is not None:
+        raise wrong("--minutes", "belongs to --method auto; leave it out.")
+    with if_interrupted(lambda: is_written(output)), progress() as report:
         lm = load_or_connect(model, base_url=base_url, dtype=dtype, device=device, progress=report)
-        patch = maker.fit(lm, wanted, report)
-        card = Scorer(lm, chat=chat).score(wanted, patch, progress=report)
-    patch = patch.with_scorecard(card.to_json())
-    patch.save(output)
-    success = card.summary("open").edit_success
-    if as_json:
-        print_json({"patch": str(output), **patch.describe()})
+        if maker is None:
+            choice = choose(lm, wanted, gate, settings=chosen, progress=report, minutes=minutes, watch=say_attempt)
+        else:
+            choice = attempt(lm, wanted, gate, maker, report)
+    asking = ["ask", "--model", model, *(["--base-url", base_url] if base_url else []), *(["--chat"] if chat else [])]
+    if is_gated:
+        _tell_gated(choice, output, asking, auto=maker is None, as_json=as_json)
     else:
-        _show(patch, card, output, model)
+        _tell(choice, output, asking, as_json=as_json)
+
+
+def _check_plan(output: Path | None, base_url: str | None, method: str) -> None:
+    for option, given in (("--out", output), ("--base-url", base_url)):
+        if given is not None:
+            raise wrong(option, "does not belong to --plan, which makes nothing; leave it out.")
+    if method == AUTO:
+        raise wrong("--method auto", "cannot be planned; name a method.", "See: factpatch methods")
+
+
+def _tell(choice: AutoChoice, folder: Path, asking: Sequence[str], *, as_json: bool) -> None:
+    """Where nothing is required the patch is saved whatever came of it. Exits with 1 if the edits do not all take."""
+    assert choice.patch is not None
+    assert choice.judgement is not None
+    card = choice.judgement.scorecard
+    patch = choice.patch.with_scorecard(card.to_json())
+    patch.save(folder)
+    if as_json:
+        print_json({"patch": str(folder), **patch.describe()})
+    else:
+        _show(patch, card, folder, asking)
+    success = card.summary("open").edit_success
     if success is not None and success < 1:
         raise typer.Exit(1)
 
 
-def _tell_gated(choice: AutoChoice, folder: Path, model: str, *, auto: bool, as_json: bool) -> None:
+def _tell_gated(choice: AutoChoice, folder: Path, asking: Sequence[str], *, auto: bool, as_json: bool) -> None:
     """What the gate said; the patch is saved if it was let through. Exits with 1 if not."""
     judgement, patch = choice.judgement, choice.patch
     if patch is not None and judgement is not None:
@@ -172,7 +171,8 @@ def _tell_gated(choice: AutoChoice, folder: Path, model: str, *, auto: bool, as_
             | ({"judgement": a.judgement.to_json()} if a.judgement else {})
             for a in choice.attempts
         ]
-        print_json(told | {"passed": patch is not None, "attempts": attempts, "says": choice.says})
+        more = {"passed": patch is not None, "attempts": attempts, "says": choice.says, "advice": choice.advice}
+        print_json(told | more)
     else:
         if auto:
             show_attempts(choice)
@@ -180,54 +180,76 @@ def _tell_gated(choice: AutoChoice, folder: Path, model: str, *, auto: bool, as_
             show_judgement(judgement)
         if patch is not None and judgement is not None:
             out.print()
-            _show(patch, as_shown(judgement), folder, model)
+            _show(patch, as_shown(judgement), folder, asking)
+            if auto:
+                tell_beside(patch)
         else:
             line(("\nRefused: nothing was saved.", "bold red"))
     if patch is None:
         raise typer.Exit(1)
 
 
+_COMMAND_LINE = "the command line"
+_OPTIONS = {
+    "prompt": "--prompt",
+    "target": "--target",
+    "subject": "--subject",
+    "rephrases": "--rephrase",
+    "locality": "--unrelated",
+}
+_HINTS = {"--subject": "Give the words by which the prompt itself names what the fact is about, in the same letters."}
 _EXAMPLE = {"prompt": "The capital of France is", "target": "Lyon", "subject": "France"}
 
 
-def edits_of(
-    one: Mapping[str, Any],
-    source: str | None,
-    limit: int | None,
-    skip_invalid: bool,
-) -> tuple[Edit, ...]:
+def wrong(option: str, problem: str, hint: str = "") -> BadRecord:
+    """An error about what was typed."""
+    return BadRecord(_COMMAND_LINE, None, option, problem, hint)
+
+
+def one_edit(
+    prompt: str | None,
+    target: str | None,
+    subject: str | None,
+    rephrases: Sequence[str] | None,
+    unrelated: Sequence[str] | None,
+) -> dict[str, Any]:
+    """What options tell of one edit, by the names of its fields; empty if nothing."""
+    told: dict[str, Any] = {"prompt": prompt, "target": target, "subject": subject, "rephrases": rephrases or None}
+    told["locality"] = {"Unrelated": [{"prompt": text} for text in unrelated]} if unrelated else None
+    return {name: value for name, value in told.items() if value is not None}
+
+
+def edits_of(one: Mapping[str, Any], source: str | None, limit: int | None, skip_invalid: bool) -> tuple[Edit, ...]:
     """The edits of a file, or the one that options tell of. Raises BadRecord where they contradict, or tell too little."""
     if source is not None:
-        if any(value is not None for value in one.values()):
+        if one:
             problem = "takes the place of --prompt, --target and all that belongs to one edit; give one or the other."
-            raise BadRecord("the command line", None, "--edits", problem)
+            raise wrong("--edits", problem)
         from factpatch.data import read
 
         return read(source, skip_invalid=skip_invalid, limit=limit).edits
     if limit is not None or skip_invalid:
-        raise BadRecord("the command line", None, "--limit, --skip-invalid", "belong to --edits; leave them out.")
+        raise wrong("--limit, --skip-invalid", "belong to --edits; leave them out.")
     for name in ("prompt", "target"):
-        if one[name] is None:
-            raise BadRecord(
-                "the command line", None, f"--{name}", "is missing.", "Give --prompt and --target, or --edits FILE."
-            )
-    record = {"id": "edit"} | {name: value for name, value in one.items() if value is not None}
-    return (Edit.from_json(record, source="the command line"),)
+        if name not in one:
+            raise wrong(f"--{name}", "is missing.", "Give --prompt and --target, or --edits FILE.")
+    try:
+        return (Edit.from_json({"id": "edit", **one}, source=_COMMAND_LINE),)
+    except BadRecord as error:
+        option = next((own for field, own in _OPTIONS.items() if error.field.startswith(field)), error.field)
+        raise wrong(option, error.problem, _HINTS.get(option, "See what it takes: factpatch edit --help")) from None
 
 
-def _show(patch: Patch, card: Scorecard, folder: Path, model: str) -> None:
-    line((f"{len(patch.provenance.edits)} edit(s) with {patch.provenance.method}", "bold"))
+def _show(patch: Patch, card: Scorecard, folder: Path, asking: Sequence[str]) -> None:
+    line((f"{counted(len(patch.provenance.edits), 'edit')} with {patch.provenance.method}", "bold"))
     for change in patch.changes():
         line(f"  {change_line(change)}")
     out.print()
     out.print(probe_table(card))
     out.print()
     out.print(summary_table(card.summaries()))
-    line(
-        "\nSaved as ",
-        (str(folder), "bold"),
-        f'. Try:  factpatch ask --model {model} --patch {folder} "{patch.provenance.edits[0].prompt}"',
-    )
+    again = typed(*asking, "--patch", folder, patch.provenance.edits[0].prompt)
+    line("\nSaved as ", (str(folder), "bold"), f". Try:  {again}")
     summary = card.summary("open")
     if summary.edit_success is not None and summary.edit_success < 1:
         name = patch.provenance.method

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.table import Table
 
-from factpatch.cli.terminal import DeviceOption, DTypeOption, JsonOption, ModelOption, line, out, print_json, progress
+from factpatch.cli import options as opt
+from factpatch.cli.terminal import if_interrupted, is_written, line, out, print_json, probe_lines, progress, typed_in
 from factpatch.errors import BadConfig
 
 if TYPE_CHECKING:
@@ -32,7 +34,6 @@ app = typer.Typer(
     help="Write a patched model for transformers, PEFT or llama.cpp, and ask it there.", no_args_is_help=True
 )
 
-PatchOption = Annotated[list[Path] | None, typer.Option("--patch", help="Patch folder; may be repeated, in order.")]
 StackOption = Annotated[
     Path | None, typer.Option("--workspace", "-C", help="A workspace, whose model and patches are taken, instead.")
 ]
@@ -42,65 +43,65 @@ VerifyOption = Annotated[bool, typer.Option(help="Load what was written with the
 @app.command(epilog=EXAMPLES)
 def checkpoint(
     output: Annotated[Path, typer.Option("--out", help="New folder.")],
-    patch: PatchOption = None,
+    patch: opt.Patches = None,
     workspace: StackOption = None,
-    model: ModelOption = "smollm2-135m",
+    model: opt.OptionalModel = None,
     shard_size: Annotated[str, typer.Option(help="Most bytes of one file.")] = "5GB",
     verify: VerifyOption = True,
-    dtype: DTypeOption = None,
-    device: DeviceOption = None,
-    as_json: JsonOption = False,
+    dtype: opt.DType = None,
+    device: opt.Device = None,
+    as_json: opt.Json = False,
 ) -> None:
     """Merge patches into a Hugging Face checkpoint with tokenizer, generation config and model card.
 
     Exits with 1 if transformers, having loaded it, answers an edit's probes otherwise than the patched model does.
     """
-    from factpatch.export import export_checkpoint, verify_checkpoint
+    from factpatch.export import export_checkpoint, how_to_load, verify_checkpoint
     from factpatch.files import check_output
 
     check_output(output)
-    with progress() as report:
+    with if_interrupted(lambda: is_written(output)), progress() as report:
         lm, patches, _ = _loaded(model, patch, workspace, dtype, device, report)
         export_checkpoint(lm, patches, output, shard_size=shard_size)
         checked = verify_checkpoint(lm, patches, output, report) if verify else None
-    _tell(output, checked, as_json=as_json)
+    _tell(output, checked, how_to_load("checkpoint", where=output), as_json=as_json)
 
 
 @app.command(epilog=EXAMPLES)
 def adapter(
     output: Annotated[Path, typer.Option("--out", help="New folder.")],
-    patch: PatchOption = None,
+    patch: opt.Patches = None,
     workspace: StackOption = None,
-    model: ModelOption = "smollm2-135m",
+    model: opt.OptionalModel = None,
     rank: Annotated[
         int | None, typer.Option(min=1, help="Most that a matrix may have; default: what it takes.")
     ] = None,
     verify: VerifyOption = True,
-    dtype: DTypeOption = None,
-    device: DeviceOption = None,
-    as_json: JsonOption = False,
+    dtype: opt.DType = None,
+    device: opt.Device = None,
+    as_json: opt.Json = False,
 ) -> None:
     """Write patches as one PEFT adapter: exactly, or cut to --rank with the error of each matrix told.
 
     Exits with 1 if PEFT, having loaded it, answers an edit's probes otherwise than the patched model does.
     """
-    from factpatch.export import export_adapter, verify_adapter
+    from factpatch.export import export_adapter, folder_of, how_to_load, hub_id, verify_adapter
     from factpatch.files import check_output
 
     check_output(output)
-    with progress() as report:
+    with if_interrupted(lambda: is_written(output)), progress() as report:
         lm, patches, _ = _loaded(model, patch, workspace, dtype, device, report)
         _, told = export_adapter(lm, patches, output, rank)
         checked = verify_adapter(lm, patches, output, report) if verify else None
-    _tell(output, checked, told, as_json=as_json)
+    _tell(output, checked, how_to_load("adapter", folder_of(lm) or hub_id(lm), output), told, as_json=as_json)
 
 
 @app.command(epilog=EXAMPLES)
 def gguf(
     output: Annotated[Path, typer.Option("--out", help="New .gguf file.")],
-    patch: PatchOption = None,
+    patch: opt.Patches = None,
     workspace: StackOption = None,
-    model: ModelOption = "smollm2-135m",
+    model: opt.OptionalModel = None,
     template: Annotated[
         Path | None,
         typer.Option(
@@ -115,9 +116,9 @@ def gguf(
         bool, typer.Option("--everything", help="Write all matrices anew; default: those that the patches change.")
     ] = False,
     verify: VerifyOption = True,
-    dtype: DTypeOption = None,
-    device: DeviceOption = None,
-    as_json: JsonOption = False,
+    dtype: opt.DType = None,
+    device: opt.Device = None,
+    as_json: opt.Json = False,
 ) -> None:
     """Write the patched model as a GGUF file: the base's own, with the changed tensors in place of the old ones.
 
@@ -125,26 +126,26 @@ def gguf(
     that a few answers may differ from transformers' without the patch being at fault (--everything tells). Exits with 1 if an
     edit's probe is answered otherwise than by the patched model here.
     """
-    from factpatch.export import card_path, export_gguf, verify_gguf
+    from factpatch.export import card_path, export_gguf, how_to_load, verify_gguf
     from factpatch.files import refuse_taken
 
     if output.suffix != ".gguf":
-        raise BadConfig(f"--out {output}: the name of a GGUF file ends in .gguf.")
+        raise BadConfig(f"--out {output}: the name of a GGUF file ends in .gguf.\n  Name it so.")
     for taken in (output, card_path(output)):
         refuse_taken(taken)
-    with progress() as report:
+    with if_interrupted(lambda: is_written(output)), progress() as report:
         lm, patches, source = _loaded(model, patch, workspace, dtype, device, report)
         base = template or _own_gguf(source, report)
         export_gguf(lm, patches, output, base, number=number_type, everything=everything, progress=report)
         checked = verify_gguf(lm, patches, output, report) if verify else None
-    _tell(output, checked, as_json=as_json)
+    _tell(output, checked, how_to_load("gguf", where=shlex.quote(str(output))), as_json=as_json)
 
 
 def _loaded(
-    model: str,
+    model: str | None,
     folders: list[Path] | None,
     workspace: Path | None,
-    dtype: Any,
+    dtype: opt.DTypeName | None,
     device: str | None,
     report: Progress,
 ) -> tuple[LM, list[Patch], str]:
@@ -157,17 +158,23 @@ def _loaded(
     from factpatch.workspace import Workspace
 
     if (workspace is None) == (not folders):
-        raise BadConfig("what is to be exported? Give --patch, once or more, or --workspace; not both.")
+        raise BadConfig("what is to be exported?\n  Give --patch, once or more, or --workspace; not both.")
     if workspace is not None:
+        for option, given in (("--model", model), ("--dtype", dtype)):
+            if given is not None:
+                raise BadConfig(
+                    f"{option}: a workspace has its own model, of the type it was made with.\n  Leave it out."
+                )
         space = Workspace.open(workspace, device=device)
-        if dtype is not None:
-            raise BadConfig("--dtype: a workspace's model is of the type it was made with.\n  Leave it out.")
         stack = list(space.stack())
         if not stack:
-            raise BadConfig(f"{workspace}: no patch lies on its model, so there is nothing to export.")
+            raise BadConfig(
+                f"{workspace}: no patch lies on its model, so there is nothing to export.\n"
+                f"  Accept one: {typed_in(workspace, 'accept')}"
+            )
         return space.model(report), stack, space.settings.model
-    patches = [Patch.load(folder) for folder in folders or ()]
-    return load(model, dtype=dtype, device=device, progress=report), patches, model
+    patches, source = [Patch.load(folder) for folder in folders or ()], model or opt.DEFAULT_MODEL
+    return load(source, dtype=dtype, device=device, progress=report), patches, source
 
 
 def _own_gguf(model: str, report: Progress) -> Path | None:
@@ -180,7 +187,15 @@ def _own_gguf(model: str, report: Progress) -> Path | None:
     return Path(model) if model.endswith(".gguf") else None
 
 
-def _tell(output: Path, checked: Verified | None, told: tuple[Shortened, ...] = (), *, as_json: bool) -> None:
+def _tell(
+    output: Path,
+    checked: Verified | None,
+    loading: Sequence[str],
+    told: tuple[Shortened, ...] = (),
+    *,
+    as_json: bool,
+) -> None:
+    """What was written, and how to load it where it now lies. Exits with 1 if the tool answers otherwise."""
     if as_json:
         ranks = [{"parameter": t.parameter, "rank": t.rank, "kept": t.kept, "error": t.error} for t in told]
         found = checked and checked.model_dump(mode="json") | {"holds": checked.holds}
@@ -194,6 +209,9 @@ def _tell(output: Path, checked: Verified | None, told: tuple[Shortened, ...] = 
         line("Written: ", (str(output), "bold"))
         if checked is not None:
             _show(checked)
+        line("Load it:")
+        for text in loading:
+            line(f"  {text}")
     if checked is not None and not checked.holds:
         raise typer.Exit(1)
 
@@ -205,9 +223,5 @@ def _show(checked: Verified) -> None:
     if not checked.answers:
         line("The patches tell of no edits, so nothing could be asked.")
     if checked.differing:
-        table = Table(header_style="bold", box=None, pad_edge=False)
-        for name in ("asked", "patched model", checked.tool):
-            table.add_column(name)
-        for answer in checked.differing[:10]:
-            table.add_row(answer.prompt, answer.patched, answer.exported)
-        out.print(table)
+        rows = [(answer.prompt, answer.patched, answer.exported) for answer in checked.differing[:10]]
+        out.print(probe_lines(("asked", "patched model", checked.tool), rows))

@@ -1,37 +1,27 @@
-"""What commands with a gate share: its options, and how its verdict is shown."""
+"""What commands with a gate share: the gate itself, and how its verdict is shown."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-from rich.table import Table
 from rich.text import Text
 
-from factpatch.cli.terminal import line, out
+from factpatch.cli.terminal import err, line, out, probe_lines
+from factpatch.words import counted
 
 if TYPE_CHECKING:
     from factpatch.gate import AutoChoice, Gate, Judgement
+    from factpatch.gate.auto import Attempt
+    from factpatch.patches import Patch
     from factpatch.scoring import Scorecard
 
-__all__ = ["AUTO", "ProposeOption", "RequireOption", "as_shown", "gate_of", "show_attempts", "show_judgement"]
+__all__ = ["AUTO", "as_shown", "gate_of", "say_attempt", "show_attempts", "show_judgement", "tell_beside"]
 
 AUTO = "auto"
 """In the place of a method's name: the cheapest that passes."""
 
-RequireOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="What the patch must show, or it is not saved: edit_success>=1, rephrase>=0.8, locality>=0.95, "
-        "fluency_drop<=5%, retained>=1, mergeable; survey.NAME for the other protocol; may be repeated."
-    ),
-]
-ProposeOption = Annotated[
-    bool,
-    typer.Option("--propose/--no-propose", help="Make up wordings and neighbours to ask where the edits have none."),
-]
 _MOST = 6
 """Lost probes that are shown of each requirement."""
 
@@ -77,20 +67,33 @@ def show_judgement(judgement: Judgement) -> None:
         line(("✓ " if finding.passed else "✗ ", "green" if finding.passed else "red"), finding.says)
         if finding.passed or not finding.lost:
             continue
-        table = Table(header_style="bold", box=None, pad_edge=False)
-        for name in ("  asked", "expected", "before", "after"):
-            table.add_column(name)
+        rows = []
         for lost in finding.lost[:_MOST]:
             asked = Text(f"  {_in_short(lost.prompt) if lost.proposed else lost.prompt}") + Text(
                 "  (proposed)" if lost.proposed else "", style="dim"
             )
-            table.add_row(asked, " or ".join(lost.answers) or "as before", lost.before, lost.after)
-        out.print(table)
+            rows.append((asked, " or ".join(lost.answers) or "as before", lost.before, lost.after))
+        out.print(probe_lines(("  asked", "expected", "before", "after"), rows))
         if len(finding.lost) > _MOST:
             line((f"  and {len(finding.lost) - _MOST} more", "dim"))
     proposed = len(judgement.proposal.added)
     if proposed:
-        line((f"{proposed} probes were proposed, not written: --no-propose leaves them out", "dim"))
+        made = counted(proposed, "probe was", "probes were")
+        line((f"{made} proposed, not written: --no-propose leaves them out", "dim"))
+
+
+def say_attempt(attempt: Attempt) -> None:
+    """A method's turn in a line on stderr, as soon as it is known."""
+    err.print(attempt.says, soft_wrap=True)
+
+
+def tell_beside(patch: Patch) -> None:
+    """Of a patch that was chosen: whether it acts beside the weights, and what to do for one that can be shipped."""
+    if not patch.mergeable:
+        line(
+            f"{patch.provenance.method} makes {patch.kind} patches, which stay beside the weights: they run in factpatch alone, "
+            "and cannot be merged or exported. For one that can:  --require mergeable"
+        )
 
 
 def show_attempts(choice: AutoChoice) -> None:
@@ -99,3 +102,5 @@ def show_attempts(choice: AutoChoice) -> None:
         style = "green" if attempt.passed else "dim" if attempt.judgement is None else "red"
         line((attempt.says, style))
     line((choice.says, "bold"))
+    if choice.advice:
+        line(choice.advice)

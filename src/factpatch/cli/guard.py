@@ -7,19 +7,8 @@ from typing import Annotated
 
 import typer
 
-from factpatch.cli.terminal import (
-    BaseUrlOption,
-    ChatOption,
-    DeviceOption,
-    DTypeOption,
-    JsonOption,
-    ModelOption,
-    line,
-    number,
-    print_json,
-    progress,
-    show_retained,
-)
+from factpatch.cli import options as opt
+from factpatch.cli.terminal import line, number, print_json, progress, show_retained
 
 EXAMPLES = """
 [bold]Examples[/bold]
@@ -41,12 +30,12 @@ def guard(
         Path | None,
         typer.Option(help="Questions that must not change, instead of the built-in ones: .txt, .jsonl, .json or .csv."),
     ] = None,
-    model: ModelOption = "smollm2-135m",
-    base_url: BaseUrlOption = None,
-    chat: ChatOption = False,
-    dtype: DTypeOption = None,
-    device: DeviceOption = None,
-    as_json: JsonOption = False,
+    model: opt.Model = opt.DEFAULT_MODEL,
+    base_url: opt.BaseUrl = None,
+    chat: opt.Chat = False,
+    dtype: opt.DType = None,
+    device: opt.Device = None,
+    as_json: opt.Json = False,
 ) -> None:
     """Ask general questions and read neutral texts before and after a patch, and list every answer that changed.
 

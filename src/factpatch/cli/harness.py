@@ -6,19 +6,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
-from factpatch.cli.terminal import (
-    DeviceOption,
-    DTypeOption,
-    JsonOption,
-    ModelOption,
-    line,
-    number,
-    out,
-    print_json,
-    progress,
-)
+from factpatch.cli import options as opt
+from factpatch.cli.terminal import line, new_table, number, out, print_json, progress
 
 EXAMPLES = """
 [bold]Examples[/bold]
@@ -36,17 +26,17 @@ def register(app: typer.Typer) -> None:
 
 def harness(
     task: Annotated[list[str], typer.Option(help="Name of a task or group of the harness; may be repeated.")],
-    patch: Annotated[list[Path] | None, typer.Option(help="Patch folder; may be repeated, in order.")] = None,
+    patch: opt.Patches = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many examples of each task.")] = None,
     shots: Annotated[
         int | None, typer.Option(min=0, help="Examples shown before each; default: as the task says.")
     ] = None,
     tasks_folder: Annotated[Path | None, typer.Option(help="A folder with tasks of your own.")] = None,
-    model: ModelOption = "smollm2-135m",
+    model: opt.Model = opt.DEFAULT_MODEL,
     chat: Annotated[bool, typer.Option("--chat", help="Put what is asked into the model's chat template.")] = False,
-    dtype: DTypeOption = None,
-    device: DeviceOption = None,
-    as_json: JsonOption = False,
+    dtype: opt.DType = None,
+    device: opt.Device = None,
+    as_json: opt.Json = False,
 ) -> None:
     """Run tasks of EleutherAI's lm-evaluation-harness on the model without and with patches.
 
@@ -77,9 +67,7 @@ def harness(
     if as_json:
         print_json(rows)
         return
-    table = Table(header_style="bold", box=None, pad_edge=False)
-    for name in ("task", "metric", "before", "±", "after", "±"):
-        table.add_column(name, justify="left" if name in {"task", "metric"} else "right")
+    table = new_table("task", "metric", ">before", ">±", ">after", ">±")
     for row in rows:
         values = (number(row[name]) for name in ("before", "before_stderr", "after", "after_stderr"))
         table.add_row(row["task"], row["metric"], *values)

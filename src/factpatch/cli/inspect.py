@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from factpatch.cli import options as opt
 from factpatch.cli.analyse_weights import show_matrices
-from factpatch.cli.terminal import JsonOption, line, print_json, progress
+from factpatch.cli.terminal import line, print_json, progress
+from factpatch.words import counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,10 +51,8 @@ def inspect(
             "--exact", help="Where types differ, compare values as they are, not rounded to the coarser type."
         ),
     ] = False,
-    folder: Annotated[
-        Path | None, typer.Option("--out", help="Folder for pictures (SVG) with their numbers (CSV) beside them.")
-    ] = None,
-    as_json: JsonOption = False,
+    folder: opt.Pictures = None,
+    as_json: opt.Json = False,
 ) -> None:
     """Which tensors of two checkpoints differ, by how much, and at what rank.
 
@@ -70,7 +70,7 @@ def inspect(
         make_folder(folder)
     with progress() as report:
         found = compare(a, b, rank_tol=rank_tol, exact=exact, progress=report)
-    pictures = save_weight_pictures(folder, {"B − A": found}) if folder else []
+    pictures = save_weight_pictures(folder, {_difference(a, b): found}) if folder else []
     if as_json:
         files = {"pictures": [str(path) for path in pictures]} if folder else {}
         print_json({"alike": found.alike} | found.model_dump(mode="json") | files)
@@ -81,6 +81,12 @@ def inspect(
             line("Wrote pictures and tables to ", (str(folder), "bold"))
     if not found.alike:
         raise typer.Exit(1)
+
+
+def _difference(a: str, b: str) -> str:
+    """What is drawn, by the last parts of both names, or the whole where these are one."""
+    one, other = (Path(name).name or name for name in (a, b))
+    return f"{other} − {one}" if one != other else f"{b} − {a}"
 
 
 def _show(found: Comparison) -> None:
@@ -114,9 +120,9 @@ def _tell(found: Comparison) -> None:
     for m in found.dtypes:
         kinds[m.a, m.b] = kinds.get((m.a, m.b), 0) + 1
     for (one, other), count in kinds.items():
-        line(f"of another type: {count} tensors, {one}, then {other}")
+        line(f"of another type: {counted(count, 'tensor')}, {one}, then {other}")
     if found.rounded:
-        line(f"equal only once rounded to the coarser type: {len(found.rounded)} tensors (see --exact)")
+        line(f"equal only once rounded to the coarser type: {counted(len(found.rounded), 'tensor')} (see --exact)")
 
 
 def _list(title: str, names: Sequence[str]) -> None:

@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
-from factpatch.cli.terminal import (
-    ChatOption,
-    DeviceOption,
-    DTypeOption,
-    JsonOption,
-    ModelOption,
-    SetOption,
-    SkipOption,
-    err,
-    line,
-    method_settings,
-    number,
-    out,
-    print_json,
-    progress,
-)
+from factpatch.cli import options as opt
+from factpatch.cli.terminal import err, line, method_settings, new_table, number, out, print_json, progress
 from factpatch.errors import BadConfig
+from factpatch.words import counted
 
 if TYPE_CHECKING:
     from factpatch.analysis.locate import Located
@@ -46,7 +33,7 @@ def register(app: typer.Typer) -> None:
 
 
 def locate(
-    model: ModelOption = "smollm2-135m",
+    model: opt.Model = opt.DEFAULT_MODEL,
     method: Annotated[str, typer.Option(help="The method that is to edit; see: factpatch methods")] = "rome",
     data: Annotated[
         str, typer.Option(help="What facts are drawn from: NAME:PATH, a file of your own, or sample.")
@@ -60,15 +47,16 @@ def locate(
         ),
     ] = None,
     minutes: Annotated[
-        float | None, typer.Option(min=0, help="Begin no other block after so long; what was tried is kept.")
+        float | None,
+        typer.Option(min=0, help="End at the first step after so long, loading and tracing included; what was found by then is kept."),
     ] = None,
     trace: Annotated[bool, typer.Option(help="Ask causal tracing too, for comparison.")] = True,
-    settings: SetOption = None,
-    chat: ChatOption = False,
-    skip_invalid: SkipOption = False,
+    settings: opt.Settings = None,
+    chat: opt.Chat = False,
+    skip_invalid: opt.SkipInvalid = False,
     seed: Annotated[int, typer.Option(help="Decides which facts are drawn, and the noise of tracing.")] = 0,
-    dtype: DTypeOption = None,
-    device: DeviceOption = None,
+    dtype: opt.DType = None,
+    device: opt.Device = None,
     output: Annotated[Path | None, typer.Option("--out", help="Folder for the picture and its numbers.")] = None,
     keep: Annotated[
         bool,
@@ -77,15 +65,18 @@ def locate(
             "takes no other's place."
         ),
     ] = True,
-    as_json: JsonOption = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Find the block at which a method edits a model best, and show it beside what causal tracing suggests.
 
     Facts of the sample, or of --data, are edited one at a time at every second block, then around the best. With --chat
-    tracing asks in the chat template too. It takes minutes to hours; a run that is stopped goes on where it was. Exits with
-    1 if no block did any good.
+    tracing asks in the chat template too. The score under the open protocol decides, and among equals that under the survey
+    protocol. It takes minutes to hours: --minutes sets a limit, of which tracing takes a quarter at most, and Ctrl-C ends it
+    with what was found. A run that was stopped goes on where it was. Exits with 1 if no block did any good, or none was tried.
     """
-    from factpatch.analysis.locate import TRACED, locate
+    begun = time.monotonic()
+
+    from factpatch.analysis.locate import TRACED, locate, outline
     from factpatch.analysis.locate import keep as keep_choice
     from factpatch.data import read
     from factpatch.lm import load
@@ -97,23 +88,19 @@ def locate(
     folder = _folder(output)
     with progress() as report:
         lm = load(model, dtype=dtype, device=device, progress=report)
-        found = locate(
-            lm,
-            maker,
-            edits=dataset.edits,
-            layers=wanted,
-            limit=limit,
-            traced=TRACED if trace else 0,
-            seconds=None if minutes is None else 60 * minutes,
-            seed=seed,
-            progress=report,
-        )
+        seconds = None if minutes is None else max(0.0, 60 * minutes - (time.monotonic() - begun))
+        asked: dict[str, Any] = {
+            "layers": wanted, "limit": limit, "traced": TRACED if trace else 0, "seconds": seconds
+        }  # fmt: skip
+        err.print(outline(lm, maker, **asked), style="dim", soft_wrap=True)
+        found = locate(lm, maker, edits=dataset.edits, **asked, seed=seed, interruptible=True, progress=report)
     kept = keep_choice(lm, found) if keep else None
     preset = next((preset for preset in maker.presets if preset.shape == lm.shape), None)
     picture = _drawn(found, folder) if folder else None
     if as_json:
         more = {
             "kept": kept and str(kept),
+            "complete": found.complete,
             "preliminary": found.preliminary,
             "preset": preset and preset.source,
             "written": [str(picture), str(picture.with_suffix(".csv"))] if picture else [],
@@ -123,7 +110,7 @@ def locate(
     else:
         _show(found)
         if dataset.skipped:
-            line((f"{len(dataset.skipped)} records could not be read and were left out", "dim"))
+            line((f"{counted(len(dataset.skipped), 'record')} could not be read, left out", "dim"))
         if kept:
             line("kept in ", (str(kept), "bold"), ", as preliminary: it rests on little" if found.preliminary else "")
         elif keep and found.chosen is not None:
@@ -139,6 +126,8 @@ def locate(
             err.print(
                 Text(f"not made at {_blocks(place.layers)}, {fact}: ", style="yellow") + Text(reason), soft_wrap=True
             )
+    if found.stopped == "interrupt":
+        raise typer.Exit(130)
     if found.chosen is None:
         raise typer.Exit(1)
 
@@ -176,29 +165,42 @@ def _drawn(found: Located, folder: Path) -> Path:
 def _show(found: Located) -> None:
     """Two tables, for no table mixes the protocols; then the choice beside tracing's."""
     what = "blocks" if found.field == "layers" else "block"
-    facts = "1 fact" if len(found.facts) == 1 else f"{len(found.facts)} facts, each"
+    facts = counted(len(found.facts), "fact") + (", each" if len(found.facts) > 1 else "")
     line((found.method, "bold"), f" on {found.model}, {facts} edited alone at each place")
-    for protocol in ("survey", "open"):
-        line((f"{protocol} protocol", "bold"))
-        table = Table(header_style="bold", box=None, pad_edge=False)
-        names = ("edit success", "rephrase", "portability", "locality")
-        for name in (what, *(("score", "support") if protocol == "survey" else ()), *names):
-            table.add_column(name, justify="left" if name == what else "right")
+    for protocol in ("open", "survey") if found.places else ():
+        line((f"{protocol} protocol", "bold"), ", which decides" if protocol == "open" else "")
+        own = (">support",) if protocol == "open" else ()
+        table = new_table(what, ">score", *own, ">edit success", ">rephrase", ">portability", ">locality")
         for place in found.places:
-            measures = place.survey if protocol == "survey" else place.open
-            own = (number(place.score), number(place.support, 2)) if protocol == "survey" else ()
+            measures = place.open if protocol == "open" else place.survey
+            scores = [number(place.score if protocol == "open" else place.survey_score)]
+            scores += [number(place.support, 2)] if own else []
             style = "bold green" if place.layers == found.chosen else ""
-            table.add_row(_blocks(place.layers), *own, *map(number, measures.model_dump().values()), style=style)
+            table.add_row(_blocks(place.layers), *scores, *map(number, measures.model_dump().values()), style=style)
         out.print(table)
-    line(("score: harmonic mean of edit success, rephrase and locality; support: how often a place wins when", "dim"))
-    line(("the facts are drawn again from themselves", "dim"))
-    if not found.complete:
-        line(("stopped for time before all blocks were tried; the same command goes on from here", "yellow"))
-    if found.best is None:
-        line(("chosen: none, for no edit held at any of these blocks", "red"))
-    else:
+    if found.places:
+        line(
+            (
+                "score: harmonic mean of edit success, rephrase and locality. Of equals in the open score the survey's decides, "
+                "then the lowest wins. Support: how often a place wins when the facts are drawn again from themselves",
+                "dim",
+            )
+        )
+    if found.stopped is not None:
+        why = "the time was up" if found.stopped == "time" else "it was interrupted"
+        tried = (
+            f"with {counted(len(found.places), 'place')} tried and others left"
+            if found.places
+            else "before any place was tried"
+        )
+        line((f"stopped, for {why}, {tried}; the same command goes on from here", "yellow"))
+    if found.best is not None:
         best = found.best
         line("chosen: ", (f"{what} {_blocks(best.layers)}", "bold"), f", score {number(best.score)}")
+    elif found.places:
+        line(("chosen: none, for no edit held at any of these blocks", "red"))
+    else:
+        line(("chosen: none", "red"))
     _show_tracing(found)
 
 
@@ -208,7 +210,9 @@ def _show_tracing(found: Located) -> None:
         return
     traced, near = found.traced, found.at_suggestion
     score = f"; edits there score {number(near.score)}" if near else "; it was not tried"
-    line("tracing suggests: ", (f"block {traced.suggested}", "bold"), f", from {traced.facts} known facts{score}")
+    facts = counted(traced.facts, "known fact")
+    facts += f" (there was no time for {traced.of - traced.facts} more)" if traced.of > traced.facts else ""
+    line("tracing suggests: ", (f"block {traced.suggested}", "bold"), f", from {facts}{score}")
     if found.agree is not None:
         line("they agree" if found.agree else ("they do not agree", "yellow"))
     rank = "not to be told" if found.rank_correlation is None else number(found.rank_correlation, 2)

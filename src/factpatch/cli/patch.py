@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from factpatch.cli.terminal import DTypeOption, JsonOption, ModelOption, change_line, line, number, print_json, progress
+from factpatch.cli import options as opt
+from factpatch.cli.terminal import change_line, if_interrupted, is_written, line, number, print_json, progress, typed
 
 app = typer.Typer(help="Look at patches, and merge them into a plain checkpoint.", no_args_is_help=True)
 
@@ -15,7 +16,7 @@ app = typer.Typer(help="Look at patches, and merge them into a plain checkpoint.
 @app.command(name="show", epilog="[bold]Example[/bold]\n\n  factpatch patch show lyon")
 def show(
     folder: Annotated[Path, typer.Argument(help="Patch folder.")],
-    as_json: JsonOption = False,
+    as_json: opt.Json = False,
 ) -> None:
     """What a patch changes, how it was made, and how it scored."""
     from factpatch.patches import Patch
@@ -41,9 +42,9 @@ def show(
 def merge(
     folders: Annotated[list[Path], typer.Argument(help="Patch folders, in the order they are laid on.")],
     output: Annotated[Path, typer.Option("--out", help="New folder for the checkpoint.")],
-    model: ModelOption = "smollm2-135m",
-    dtype: DTypeOption = None,
-    as_json: JsonOption = False,
+    model: opt.Model = opt.DEFAULT_MODEL,
+    dtype: opt.DType = None,
+    as_json: opt.Json = False,
 ) -> None:
     """Write the model with its patches as a plain Hugging Face checkpoint, which needs no factpatch."""
     from factpatch.files import check_output
@@ -55,7 +56,7 @@ def merge(
     check_output(output)
     patches = [Patch.load(folder) for folder in folders]
     check_mergeable(patches)
-    with progress() as report:
+    with if_interrupted(lambda: is_written(output)), progress() as report:
         lm = load(model, dtype=dtype, progress=report)
         report("Writing the checkpoint", 0, 1)
         merge_into(lm, patches, output)
@@ -64,4 +65,5 @@ def merge(
             {"out": str(output), "model": lm.name, "fingerprint": lm.fingerprint, "patches": [p.id for p in patches]}
         )
         return
-    line("Wrote ", (str(output), "bold"), f'. Load it as any model:  factpatch ask --model {output} "a question"')
+    again = typed("ask", "--model", output, "a question")
+    line("Wrote ", (str(output), "bold"), f". Load it as any model:  {again}")

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import typer
-from rich.table import Table
 
-from factpatch.cli.terminal import DTypeName, line, number, out, print_json, progress
+from factpatch.cli import options as opt
+from factpatch.cli.terminal import line, new_table, number, out, print_json, progress
 from factpatch.edits import Edit
+from factpatch.words import counted
 
 if TYPE_CHECKING:
     from factpatch.methods.needs import Preparation, Stage
@@ -21,7 +22,7 @@ def tell_plan(
     method: str,
     edits: tuple[Edit, ...],
     settings: Mapping[str, str],
-    dtype: DTypeName | None,
+    dtype: opt.DTypeName | None,
     device: str | None,
     *,
     as_json: bool,
@@ -43,7 +44,10 @@ def tell_plan(
 
 
 def _show_plan(plan: Plan) -> None:
-    line((f"{plan.edits} edit(s) with {plan.method} on {plan.model}", "bold"), " (estimated; no weights were read)")
+    line(
+        (f"{counted(plan.edits, 'edit')} with {plan.method} on {plan.model}", "bold"),
+        " (estimated; no weights were read)",
+    )
     size = f"{plan.parameters / 1e6:,.1f} million parameters, {_mb(plan.model_bytes)} in {plan.dtype} on {plan.device}"
     line(f"  model     {plan.architecture}, {plan.blocks} blocks of {plan.hidden_size}, {size}")
     for preparation in plan.preparations:
@@ -56,10 +60,7 @@ def _show_plan(plan: Plan) -> None:
     for text in plan.unknown:
         line(f"  unknown   {text}")
     apart = plan.host_bytes is not None
-    table = Table(header_style="bold", box=None, pad_edge=False)
-    table.add_column("beside the weights")
-    for name in ("MB", *(["MB main memory"] if apart else [])):
-        table.add_column(name, justify="right")
+    table = new_table("beside the weights", ">MB", *([">MB main memory"] if apart else []))
     for stage in plan.stages:
         table.add_row(stage.doing, *_cells(stage, apart), style="bold")
         for held in stage.held:

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import typer
-from rich.table import Table
 
-from factpatch.cli.terminal import JsonOption, line, number, out, print_json
+from factpatch.cli import options as opt
+from factpatch.cli.terminal import line, new_table, number, out, print_json
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from factpatch.bench import Store
+    from factpatch.report.comparison import ComparedRow
 
 EXAMPLES = """
 [bold]Examples[/bold]
@@ -44,7 +47,7 @@ def report(
     run: RunArgument,
     form: Annotated[Format | None, typer.Option("--format", help="By default tables in the terminal.")] = None,
     output: Annotated[Path | None, typer.Option("--out", help="The file to write; default: stdout.")] = None,
-    as_json: JsonOption = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Report on a benchmark, finished or not."""
     from factpatch.bench import Store
@@ -89,11 +92,12 @@ def compare(
     a: RunArgument,
     b: RunArgument,
     protocol: Annotated[Literal["open", "survey"] | None, typer.Option(help="By default both.")] = None,
-    as_json: JsonOption = False,
+    as_json: opt.Json = False,
 ) -> None:
     """What changed from one run to another, edit by edit: differences B - A with 95 % intervals.
 
-    Compared are methods of one name, on data of one content, over the edits that both runs have scored.
+    Compared are methods of one name, on data of one content, over the edits that both runs have scored. Exits with 1 if there
+    are none.
     """
     from factpatch.bench import Store
     from factpatch.report.comparison import compare_stores
@@ -102,13 +106,17 @@ def compare(
         found = [row for row in compare_stores(one, other) if protocol in {None, row.protocol}]
     if as_json:
         print_json([row.model_dump(mode="json") for row in found])
-        return
+    else:
+        _show_compared(found)
+    if not found:
+        raise typer.Exit(1)
+
+
+def _show_compared(found: Sequence[ComparedRow]) -> None:
     if not found:
         line("The two runs share no method, data set and moment with edits that both have scored.")
-        raise typer.Exit(1)
-    table = Table(header_style="bold", box=None, pad_edge=False)
-    for name in ("method", "data", "protocol", "score", "edits", "A", "B", "B - A", "95 % interval"):
-        table.add_column(name, justify="left" if name in {"method", "data", "protocol", "score"} else "right")
+        return
+    table = new_table("method", "data", "protocol", "score", ">edits", ">A", ">B", ">B - A", ">95 % interval")
     for row in found:
         interval = f"{row.low:+.3f} to {row.high:+.3f}" if row.low is not None and row.high is not None else "–"
         style = "" if not row.is_clear else ("green" if row.mean > 0 else "red")
@@ -123,18 +131,17 @@ def show_tables(store: Store) -> None:
     """The summary of each data set and protocol."""
     from factpatch.report import result_rows
     from factpatch.report.plain import TITLES, name_of, retained_of, tables
-    from factpatch.report.rows import SCORES
+    from factpatch.report.rows import SCORES, UNEDITED
 
     for dataset, protocol, rows in tables(result_rows(store)):
         line((dataset, "bold"), f", {TITLES[protocol][0].lower()}{TITLES[protocol][1:]}")
-        table = Table(header_style="bold", box=None, pad_edge=False)
-        for name in ("method", "edits", *SCORES, "s an edit"):
-            table.add_column(name.replace("_", " "), justify="left" if name == "method" else "right")
+        scores = (f">{name.replace('_', ' ')}" for name in SCORES)
+        table = new_table("method", ">edits", *scores, ">s an edit")
         for row in rows:
             made = f"{row.edits}" + (f" (-{row.not_made})" if row.not_made else "")
-            style = "dim" if row.method == "unedited" else ""
-            scores = (number(getattr(row, name)) for name in SCORES)
-            table.add_row(name_of(row), made, *scores, number(row.fit_seconds, 2), style=style)
+            style = "dim" if row.method == UNEDITED else ""
+            values = (number(getattr(row, name)) for name in SCORES)
+            table.add_row(name_of(row), made, *values, number(row.fit_seconds, 2), style=style)
         out.print(table)
         for row in rows:
             if "edit/judged" in row.measures:

@@ -6,20 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
-from factpatch.cli.terminal import (
-    DeviceOption,
-    DTypeOption,
-    JsonOption,
-    err,
-    line,
-    number,
-    out,
-    print_json,
-    progress,
-)
+from factpatch.cli import options as opt
+from factpatch.cli.terminal import err, line, new_table, number, out, print_json, progress
 from factpatch.errors import BadConfig, BadFile, FactpatchError
 
 if TYPE_CHECKING:
@@ -60,10 +50,10 @@ def reproduce(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Another model than the recipes'; it brings its own settings.")
     ] = None,
-    dtype: DTypeOption = None,
-    device: DeviceOption = None,
+    dtype: opt.DType = None,
+    device: opt.Device = None,
     listed: Annotated[bool, typer.Option("--list", help="Say what recipes there are, and stop.")] = False,
-    as_json: JsonOption = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Run rows of the survey's Table 4 again, and show what comes out beside what was published.
 
@@ -125,9 +115,7 @@ def _list(recipes: Sequence[Recipe], *, as_json: bool) -> None:
     if as_json:
         print_json([{"name": r.name, **r.fields, "expected": dict(r.expected)} for r in recipes])
         return
-    table = Table(header_style="bold", box=None, pad_edge=False)
-    for name in ("recipe", "model", "method", "data", "expected"):
-        table.add_column(name)
+    table = new_table("recipe", "model", "method", "data", "expected")
     for recipe in recipes:
         expected = ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in recipe.expected.items())
         table.add_row(recipe.name, recipe.model.rpartition("/")[2], recipe.method, recipe.dataset, expected)
@@ -135,9 +123,7 @@ def _list(recipes: Sequence[Recipe], *, as_json: bool) -> None:
 
 
 def _show(rows: Iterable[Reproduced]) -> None:
-    table = Table(header_style="bold", box=None, pad_edge=False)
-    for name in ("recipe", "model", "edits", "score", "published", "measured", "95 % interval"):
-        table.add_column(name, justify="left" if name in {"recipe", "model", "score"} else "right")
+    table = new_table("recipe", "model", ">edits", "score", ">published", ">measured", ">95 % interval")
     for row in rows:
         interval = "–" if row.interval is None else f"{row.interval[0]:.2f} to {row.interval[1]:.2f}"
         values = (number(row.expected, 2), number(row.measured, 2), interval)

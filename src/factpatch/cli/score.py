@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
 
+from factpatch.cli import options as opt
 from factpatch.cli.terminal import (
-    BaseUrlOption,
-    ChatOption,
-    DeviceOption,
-    DTypeOption,
-    JsonOption,
-    JudgeOption,
-    JudgeUrlOption,
-    ModelOption,
-    RetainOption,
-    SetOption,
-    SkipOption,
     err,
     line,
     method_settings,
@@ -31,6 +20,7 @@ from factpatch.cli.terminal import (
     summary_table,
 )
 from factpatch.errors import BadConfig, BadFile
+from factpatch.words import counted
 
 if TYPE_CHECKING:
     from factpatch.bench import Failure
@@ -53,27 +43,25 @@ def register(app: typer.Typer) -> None:
 
 
 def score(
-    data: Annotated[
-        str, typer.Option(help="NAME:PATH, the path of a file of your own, or sample; see: factpatch data")
-    ],
-    model: ModelOption = "smollm2-135m",
-    base_url: BaseUrlOption = None,
-    patch: Annotated[list[Path] | None, typer.Option(help="Patch folder; may be repeated, in order.")] = None,
+    data: opt.Data,
+    model: opt.Model = opt.DEFAULT_MODEL,
+    base_url: opt.BaseUrl = None,
+    patch: opt.Patches = None,
     method: Annotated[str | None, typer.Option(help="Make and score each edit alone with this method.")] = None,
     sequence: Annotated[
         bool, typer.Option("--sequence", help="With --method: keep each edit, and score at edit and at end.")
     ] = False,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many edits.")] = None,
-    settings: SetOption = None,
-    chat: ChatOption = False,
-    retain: RetainOption = None,
-    judge: JudgeOption = None,
-    judge_url: JudgeUrlOption = None,
+    limit: opt.Limit = None,
+    settings: opt.Settings = None,
+    chat: opt.Chat = False,
+    retain: opt.Retain = None,
+    judge: opt.Judge = None,
+    judge_url: opt.JudgeUrl = None,
     seed: Annotated[int, typer.Option(help="Of the sampled text that fluency is measured on.")] = 0,
-    dtype: DTypeOption = None,
-    device: DeviceOption = None,
-    skip_invalid: SkipOption = False,
-    as_json: JsonOption = False,
+    dtype: opt.DType = None,
+    device: opt.Device = None,
+    skip_invalid: opt.SkipInvalid = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Score under both protocols, open (free answers) and survey (teacher-forced), before and after.
 
@@ -122,7 +110,7 @@ def score(
         print_json([row for moment, card in cards.items() for row in _rows(card, moment, failures, *common)])
     else:
         for moment, card in cards.items():
-            title = f" on {dataset.name}, {len(dataset.edits)} edits, {lm.name}{moment and ', '}{moment}"
+            title = f" on {dataset.name}, {counted(len(dataset.edits), 'edit')}, {lm.name}{moment and ', '}{moment}"
             _show(label, title, card, len(dataset.edits) - len(failures))
         if patches:
             made = {(edit.prompt, edit.target) for each in patches for edit in each.provenance.edits}

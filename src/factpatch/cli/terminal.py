@@ -1,23 +1,23 @@
-"""What the commands share: consoles, progress, options, errors, and how a scorecard is shown."""
+"""What the commands share: consoles, progress, errors, and how a scorecard is shown."""
 
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import typer
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from factpatch import commands
 from factpatch.errors import BadConfig
+from factpatch.files import json_ready
 from factpatch.progress import Progress as Report
 
 if TYPE_CHECKING:
@@ -26,56 +26,28 @@ if TYPE_CHECKING:
 # Without markup: what a model or a user writes may hold brackets.
 out = Console(highlight=False, markup=False)
 err = Console(stderr=True, highlight=False, markup=False)
-
-ModelOption = Annotated[
-    str,
-    typer.Option(
-        "--model",
-        "-m",
-        help="Short name, folder with a checkpoint, .gguf file, hub id, or openai:NAME.",
-        show_default=True,
-    ),
-]
-BaseUrlOption = Annotated[
-    str | None, typer.Option("--base-url", help="Of --model openai:NAME: where the server is, up to /v1.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for scripts.")]
-RetainOption = Annotated[
-    Path | None,
-    typer.Option(
-        help="Questions that must be answered as before, asked after each patch: .txt, .jsonl, .json or .csv."
-    ),
-]
-JudgeOption = Annotated[
-    str | None,
-    typer.Option(help="openai:NAME of a model that says which free answers are right, however they are put."),
-]
-JudgeUrlOption = Annotated[
-    str | None, typer.Option(help="Address of the judge, such as http://localhost:8000/v1; default: OpenAI's own.")
-]
-ChatOption = Annotated[bool, typer.Option("--chat", help="Put prompts into the model's chat template.")]
-DTypeName = Literal["float32", "bfloat16", "float16"]  # as in factpatch.lm.load, which takes torch
-DTypeOption = Annotated[
-    DTypeName | None, typer.Option("--dtype", help="Type of the weights; default: float32 on a CPU.")
-]
-DeviceOption = Annotated[
-    str | None, typer.Option("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one.")
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="A setting of the method, such as --set layer=8, or @FILE for a preset; may be repeated.",
-    ),
-]
-SkipOption = Annotated[bool, typer.Option("--skip-invalid", help="Count and leave out records that cannot be read.")]
+typed, typed_in = commands.typed, commands.typed_in
 
 
-def fail(message: str, code: int = 2) -> NoReturn:
+def fail(message: str) -> NoReturn:
     """One clear message on stderr, then the exit."""
     err.print(Text("error: ", style="bold red") + Text(message), soft_wrap=True)
-    sys.exit(code)
+    sys.exit(2)
+
+
+@contextmanager
+def if_interrupted(kept: Callable[[], str]) -> Iterator[None]:
+    """What is said of an interruption: what it left, asked for once all that was begun inside is undone."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(kept()) from None
+
+
+def is_written(path: Path) -> str:
+    """Whether a file or folder that appears only when it is whole is there, after an interruption."""
+    there = path.is_file() or (path.is_dir() and any(path.iterdir()))
+    return f"{path} is written and whole." if there else f"nothing was written to {path}."
 
 
 def line(*parts: str | tuple[str, str]) -> None:
@@ -95,17 +67,7 @@ def telling(wanted: bool) -> Iterator[None]:
 
 def print_json(value: Any) -> None:
     """JSON on stdout and nothing else; numbers that JSON does not have, such as a perplexity without bound, as texts."""
-    sys.stdout.write(json.dumps(_told(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def _told(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _told(own) for key, own in value.items()}
-    if isinstance(value, list | tuple):
-        return [_told(own) for own in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value
+    sys.stdout.write(json.dumps(json_ready(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 @contextmanager
@@ -142,6 +104,14 @@ class _Lines:
         err.print(f"{doing} … {done} of {total}" if done else f"{doing} …", soft_wrap=True)
 
 
+def new_table(*columns: str) -> Table:
+    """A plain table; what a column holds whose name begins with ">" is put to the right, as numbers are."""
+    table = Table(header_style="bold", box=None, pad_edge=False)
+    for name in columns:
+        table.add_column(name.removeprefix(">"), justify="right" if name.startswith(">") else "left")
+    return table
+
+
 def number(value: float | None, digits: int = 3) -> str:
     """A number for a table; a dash where there is none."""
     return "–" if value is None else f"{value:.{digits}f}"
@@ -164,7 +134,8 @@ def method_settings(pairs: Sequence[str] | None, *, chat: bool) -> dict[str, Any
             settings |= parse_settings([pair])
     if "chat" in settings:
         raise BadConfig(
-            "--set chat: prompts are put into the chat template for scoring as well.\n  Give --chat instead."
+            "--set chat: prompts are put into the chat template for scoring as well.\n"
+            "  Give --chat instead. A workspace has it for good: factpatch init --chat"
         )
     return settings | ({"chat": "true"} if chat else {})
 
@@ -178,9 +149,7 @@ def change_line(change: Mapping[str, Any]) -> str:
 
 def summary_table(summaries: Sequence[Summary]) -> Table:
     """Before and after, one row for each protocol and moment."""
-    table = Table(title_justify="left", header_style="bold", box=None, pad_edge=False)
-    for name in ("protocol", "", "edit success", "rephrase", "portability", "locality", "fluency (bits)"):
-        table.add_column(name, justify="left" if name in {"protocol", ""} else "right")
+    table = new_table("protocol", "", ">edit success", ">rephrase", ">portability", ">locality", ">fluency (bits)")
     for s in summaries:
         before = [s.edit_success_before, s.rephrase_before, s.portability_before, None, s.fluency_before]
         after = [s.edit_success, s.rephrase, s.portability, s.locality, s.fluency]
@@ -200,32 +169,52 @@ def show_retained(questions: Sequence[Retained], *, strict: bool = False) -> Non
     line((f"{len(changed)} of {len(questions)} answers changed", "bold"), f" that should have stayed{told}")
     if changed:
         several = len({question.edits for question in questions}) > 1
-        table = Table(header_style="bold", box=None, pad_edge=False)
-        for name in (*(["after editing"] if several else []), "question", "before", "after"):
-            table.add_column(name)
+        table = new_table(*(["after editing"] if several else []), "question", "before", "after", "")
         for q in sorted(changed, key=lambda q: not q.lost):
             which = [_short(", ".join(q.edits), 30)] if several else []
-            table.add_row(*which, q.prompt, q.before, q.after, style="red" if strict or q.lost else "")
+            table.add_row(*which, q.prompt, q.before, q.after, _turned(q), style="red" if strict or q.lost else "")
         out.print(table)
+
+
+def _turned(question: Retained) -> str:
+    """What became of the answer, where a right one is known."""
+    if question.was_right is None or question.is_right is None:
+        return ""
+    return " → ".join("right" if right else "wrong" for right in (question.was_right, question.is_right))
 
 
 def _short(text: str, width: int = 70) -> str:
     return text if len(text) <= width else text[: width - 1].rstrip() + "…"
 
 
-def probe_table(card: Scorecard, *, protocol: str = "open", limit: int = 40) -> Table:
+def probe_lines(heads: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> RenderableType:
+    """Long texts side by side where there is room for them, else a block of lines for each row, named as the columns are."""
+    texts = [[text if isinstance(text, Text) else Text(text) for text in row] for row in rows]
+    widths = [max(map(len, (Text(head), *column))) for head, *column in zip(heads, *texts, strict=True)]
+    if sum(widths) + len(widths) <= out.width:
+        table = new_table(*heads)
+        for row in texts:
+            table.add_row(*row)
+        return table
+    most = max(map(len, heads[1:]))
+    blocks: list[RenderableType] = []
+    for first, *rest in texts:
+        grid = Table.grid(padding=(0, 1))
+        grid.add_column(style="dim", width=most + 4, no_wrap=True)
+        grid.add_column(overflow="fold")
+        for head, text in zip(heads[1:], rest, strict=True):
+            grid.add_row(f"    {head}", text)
+        blocks += [first, grid]
+    return Group(*blocks)
+
+
+def probe_table(card: Scorecard, *, protocol: str = "open", limit: int = 40) -> RenderableType:
     """What the model said to each probe, before and after."""
-    table = Table(header_style="bold", box=None, pad_edge=False)
-    table.add_column("", width=1)
-    table.add_column("probe", style="dim", no_wrap=True)
-    table.add_column("prompt", ratio=4)
-    table.add_column("before", ratio=3)
-    table.add_column("after", ratio=3)
+    found = []
     rows = [row for row in card.scores if row.protocol == protocol and row.role != "fluency"]
     for row in rows[:limit]:
         mark = "·" if row.after is None else ("✓" if row.after >= 1 else "✗")
         style = {"✓": "green", "✗": "red", "·": "dim"}[mark]
-        table.add_row(
-            Text(mark, style=style), row.kind or row.role, row.prompt, _short(row.said_before), _short(row.said_after)
-        )
-    return table
+        probe = (Text(mark, style=style), Text(f" {row.kind or row.role}", style="dim"))
+        found.append((Text.assemble(*probe), row.prompt, _short(row.said_before), _short(row.said_after)))
+    return probe_lines(("  probe", "prompt", "before", "after"), found)

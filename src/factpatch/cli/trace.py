@@ -8,20 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from factpatch.cli.terminal import (
-    ChatOption,
-    DeviceOption,
-    DTypeOption,
-    JsonOption,
-    ModelOption,
-    SkipOption,
-    err,
-    line,
-    number,
-    print_json,
-    progress,
-)
+from factpatch.cli import options as opt
+from factpatch.cli.terminal import err, line, number, print_json, progress
 from factpatch.errors import BadConfig, BadFile
+from factpatch.words import counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -70,19 +60,16 @@ def trace(
     samples: Annotated[int, typer.Option(min=1, help="Draws of noise.")] = 10,
     noise: Annotated[float, typer.Option(help="In standard deviations of subject tokens' embeddings.")] = 3.0,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
-    patch: Annotated[
-        list[Path] | None,
-        typer.Option(help="Patch folder; the model is traced with it. May be repeated, in order."),
-    ] = None,
-    chat: ChatOption = False,
+    patch: opt.Patches = None,
+    chat: opt.Chat = False,
     output: Annotated[
         Path | None, typer.Option("--out", help="Folder for heat maps (SVG) and their numbers (CSV).")
     ] = None,
-    model: ModelOption = "smollm2-135m",
-    dtype: DTypeOption = None,
-    device: DeviceOption = None,
-    skip_invalid: SkipOption = False,
-    as_json: JsonOption = False,
+    model: opt.Model = opt.DEFAULT_MODEL,
+    dtype: opt.DType = None,
+    device: opt.Device = None,
+    skip_invalid: opt.SkipInvalid = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Put noise on the subject, restore one place at a time, and see where the answer comes back.
 
@@ -193,7 +180,7 @@ def _show(traces: Sequence[Trace], averages: Sequence[AverageTrace]) -> None:
         _map(own, names, own.effects.tolist())
     for mean in averages:
         shown = [i for i, count in enumerate(mean.counts) if count]
-        line((f"average over {mean.facts} known facts", "bold"))
+        line((f"average over {counted(mean.facts, 'known fact')}", "bold"))
         _map(mean, [ROLES[i] + (" *" if i < 3 else "  ") for i in shown], [mean.effects[i].tolist() for i in shown])
         if mean.part == "mlp":
             line(f"greatest at the subject's last token: block {suggested_layer(mean)}")
@@ -281,5 +268,5 @@ def _described(
 
 
 def _numbers(values: Sequence[float]) -> list[float | None]:
-    """JSON knows no nan."""
+    """Nothing where no fact has such a token."""
     return [None if math.isnan(value) else value for value in values]

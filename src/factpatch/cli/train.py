@@ -8,22 +8,10 @@ from typing import Annotated
 
 import typer
 
-from factpatch.cli.terminal import (
-    ChatOption,
-    DeviceOption,
-    DTypeOption,
-    JsonOption,
-    ModelOption,
-    SetOption,
-    SkipOption,
-    err,
-    line,
-    method_settings,
-    number,
-    print_json,
-    progress,
-)
+from factpatch.cli import options as opt
+from factpatch.cli.terminal import err, if_interrupted, line, method_settings, number, print_json, progress, typed
 from factpatch.errors import BadConfig
+from factpatch.words import counted
 
 EXAMPLES = """
 [bold]Examples[/bold]
@@ -43,15 +31,15 @@ def train(
     method: Annotated[str, typer.Argument(help="A method that is trained, such as mend; see: factpatch methods")],
     data: Annotated[str, typer.Option(help="Edits to learn from: NAME:PATH, or a file of your own.")],
     output: Annotated[Path, typer.Option("--out", help="Folder for the editor; a training there is gone on with.")],
-    model: ModelOption = "smollm2-135m",
+    model: opt.Model = opt.DEFAULT_MODEL,
     start: Annotated[int, typer.Option(min=0, help="The number of the first record, counted from 0.")] = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many records.")] = None,
-    settings: SetOption = None,
-    chat: ChatOption = False,
-    dtype: DTypeOption = None,
-    device: DeviceOption = None,
-    skip_invalid: SkipOption = False,
-    as_json: JsonOption = False,
+    settings: opt.Settings = None,
+    chat: opt.Chat = False,
+    dtype: opt.DType = None,
+    device: opt.Device = None,
+    skip_invalid: opt.SkipInvalid = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Train an editor on some edits, looking at held-out ones as it goes; use it with --set editor=FOLDER.
 
@@ -70,7 +58,7 @@ def train(
     usable = [edit for edit in dataset.edits if edit.kind in maker.traits.kinds]
     until = "end" if limit is None else str(start + limit - 1)
     assert isinstance(maker, Learned)
-    with progress() as report:
+    with if_interrupted(lambda: f"the same command goes on with what is in {output}."), progress() as report:
         lm = load(model, dtype=dtype, device=device, progress=report)
         editor = maker.train(
             lm,
@@ -83,9 +71,10 @@ def train(
     if as_json:
         print_json({"editor": str(output), "id": editor.id, **editor.about.model_dump(mode="json")})
         return
-    line((f"{method}, trained on {len(usable)} edits", "bold"))
+    line((f"{method}, trained on {counted(len(usable), 'edit')}", "bold"))
     line(f"  best look at held-out edits: {_words(editor.best)}")
-    line("\nSaved as ", (str(output), "bold"), f". Try:  factpatch edit --method {method} --set editor={output} …")
+    again = typed("edit", "--method", method, "--set", f"editor={output}")
+    line("\nSaved as ", (str(output), "bold"), f". Try:  {again} …")
 
 
 def _watch(look: Mapping[str, float]) -> None:

@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
-from factpatch.cli.terminal import (
-    ChatOption,
-    DeviceOption,
-    DTypeOption,
-    JsonOption,
-    ModelOption,
-    SetOption,
-    SkipOption,
-    line,
-    method_settings,
-    number,
-    out,
-    print_json,
-    progress,
-)
+from factpatch.cli import options as opt
+from factpatch.cli.terminal import line, method_settings, new_table, number, out, print_json, progress
+from factpatch.words import counted
 
 if TYPE_CHECKING:
     from factpatch.analysis.tuning import Trial, Tuned
@@ -44,17 +32,17 @@ def register(app: typer.Typer) -> None:
 def tune(
     method: Annotated[str, typer.Option(help="Whose settings; see: factpatch methods")],
     output: Annotated[Path, typer.Option("--out", help="File for the preset (JSON).")],
-    model: ModelOption = "smollm2-135m",
+    model: opt.Model = opt.DEFAULT_MODEL,
     data: Annotated[str, typer.Option(help="Facts to try them on: sample, NAME:PATH or a file.")] = "sample",
     limit: Annotated[int, typer.Option(min=2, help="Facts for the search, and as many others to judge it.")] = 8,
     minutes: Annotated[float, typer.Option(min=0, help="After which nothing new is tried.")] = 10,
-    settings: SetOption = None,
+    settings: opt.Settings = None,
     seed: Annotated[int, typer.Option(help="Decides which facts are drawn, and what is tried.")] = 0,
-    chat: ChatOption = False,
-    dtype: DTypeOption = None,
-    device: DeviceOption = None,
-    skip_invalid: SkipOption = False,
-    as_json: JsonOption = False,
+    chat: opt.Chat = False,
+    dtype: opt.DType = None,
+    device: opt.Device = None,
+    skip_invalid: opt.SkipInvalid = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Search a method's settings for a model within a time, and write the best as a preset that --set @FILE takes.
 
@@ -83,26 +71,30 @@ def tune(
 
 
 def _show(found: Tuned, output: Path) -> None:
-    line((found.method, "bold"), f" on {found.model}: {len(found.trials)} choices of settings tried")
-    table = Table(header_style="bold", box=None, pad_edge=False)
-    for name in ("", "facts", "score", "edit success", "rephrase", "locality"):
-        table.add_column(name, justify="left" if not name else "right")
-    rows: list[tuple[str, int, Trial]] = [
-        ("as it was, in the search", len(found.facts), found.start),
-        ("the best, in the search", len(found.facts), found.best),
-        ("as it was, on others", len(found.held), found.held_start),
-        ("the best, on others", len(found.held), found.held_best),
-    ]
+    from factpatch.analysis.tuning import RULE
+
+    line((found.method, "bold"), f" on {found.model}: {counted(len(found.trials), 'choice')} of settings tried")
+    table = new_table("", ">facts", ">score", ">edit success", ">rephrase", ">locality")
+    rows: list[tuple[str, int, Trial]] = [("as it was, in the search", len(found.facts), found.start)]
+    if found.changed:
+        rows.append(("the best, in the search", len(found.facts), found.best))
+    rows.append(("as it was, on others", len(found.held), found.held_start))
+    if found.changed:
+        rows.append(("the best, on others", len(found.held), found.held_best))
     for name, facts, trial in rows:
         measures = (number(trial.measures.get(role)) for role in ("edit", "rephrase", "locality"))
         table.add_row(name, str(facts), number(trial.score), *measures)
     out.print(table)
-    for name, value in found.best.settings.items():
-        line(f"  {name} = {value}")
+    line((f"score: {RULE}", "dim"))
+    own = ", ".join(f"{name} = {value}" for name, value in found.best.settings.items())
     if found.better:
-        line("\nWritten to ", (str(output), "bold"), f". Use it:  --method {found.method} --set @{output}")
+        use = shlex.join(["--method", found.method, "--set", f"@{output}"])
+        line(f"the best: {own}")
+        line("\nWritten to ", (str(output), "bold"), f". Use it:  {use}")
+        return
+    if found.changed:
+        line(f"the best in the search, which is not kept: {own}")
+        why = "It does no better than the old settings on facts that the search had not seen; "
     else:
-        line(
-            ("\nNothing does better on facts that the search had not seen; ", "yellow"),
-            f"{output} holds the old settings.",
-        )
+        why = "Nothing that was tried does better in the search than the old settings; "
+    line((f"\n{why}", "yellow"), f"{output} holds these.")

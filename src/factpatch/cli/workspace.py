@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
+from factpatch.cli import options as opt
 from factpatch.cli import workspace_changes
-from factpatch.cli.gating import ProposeOption, RequireOption
 from factpatch.cli.terminal import (
-    ChatOption,
-    DeviceOption,
-    DTypeOption,
-    JsonOption,
-    ModelOption,
-    RetainOption,
-    SetOption,
     err,
+    if_interrupted,
+    is_written,
     line,
+    method_settings,
     number,
     out,
     print_json,
     progress,
+    typed,
+    typed_in,
 )
-from factpatch.cli.workspace_shown import WorkspaceOption, action_line, show_regressions
+from factpatch.cli.workspace_shown import action_line, show_regressions
+from factpatch.errors import BadConfig
+from factpatch.words import counted
 
-_AT = typer.Option("--at", min=1, metavar="N", help="As it was after entry N; default: the last.")
+if TYPE_CHECKING:
+    from factpatch.workspace import Report
 
 
 def register(app: typer.Typer) -> None:
@@ -52,31 +53,30 @@ INIT = """
 
 def init(
     folder: Annotated[Path, typer.Argument(help="New folder, or an empty one.")],
-    model: ModelOption = "smollm2-135m",
-    require: RequireOption = None,
-    propose: ProposeOption = True,
-    retain: RetainOption = None,
+    model: opt.Model = opt.DEFAULT_MODEL,
+    require: opt.Require = None,
+    propose: opt.Propose = True,
+    retain: opt.Retain = None,
     method: Annotated[
         str, typer.Option(help="How edits are made unless it is said; auto: the cheapest that passes.")
     ] = "rome",
-    settings: SetOption = None,
-    chat: ChatOption = False,
-    dtype: DTypeOption = None,
-    device: DeviceOption = None,
-    author: Annotated[str | None, typer.Option(help="Who does it; default: the user.")] = None,
-    as_json: JsonOption = False,
+    settings: opt.Settings = None,
+    chat: opt.Chat = False,
+    dtype: opt.DType = None,
+    device: opt.Device = None,
+    author: opt.Author = None,
+    as_json: opt.Json = False,
 ) -> None:
     """Make a workspace: a folder with a ledger of patches for one model, and the gate each of them must pass.
 
     Without --require a patch must make its edits (edit_success>=1).
     """
     from factpatch.cli.gating import gate_of
-    from factpatch.methods import parse_settings
     from factpatch.workspace import Workspace
 
     gate = gate_of(require or (), retain, proposes=propose, chat=chat)
     needs = [str(need) for need in gate.requirements]
-    with progress() as report:
+    with if_interrupted(lambda: is_written(folder)), progress() as report:
         made = Workspace.init(
             folder,
             model,
@@ -85,7 +85,7 @@ def init(
             chat=chat,
             retain=gate.retain,
             method=method,
-            config=parse_settings(list(settings or [])),
+            config=method_settings(settings, chat=False),
             dtype=dtype,
             device=device,
             author=author,
@@ -96,7 +96,8 @@ def init(
         return
     line("Made ", (str(folder), "bold"), f" for {made.settings.model} ({made.settings.fingerprint[:16]}…)")
     line(f"Each patch must show: {', '.join(needs)}")
-    line(f'Next:  factpatch propose -C {folder} --subject France --prompt "The capital of France is" --target Lyon')
+    fact = ("--subject", "France", "--prompt", "The capital of France is", "--target", "Lyon")
+    line(f"Next:  {typed_in(folder, 'propose', *fact)}")
 
 
 LIST = """
@@ -108,49 +109,61 @@ LIST = """
 
 
 def list_(
-    workspace: WorkspaceOption = Path(),
-    at: Annotated[int | None, _AT] = None,
-    as_json: JsonOption = False,
+    workspace: opt.Workspace = Path(),
+    at: opt.At = None,
+    as_json: opt.Json = False,
 ) -> None:
-    """The patches that lie on the model, first to last, and the proposals that wait."""
+    """The patches that lie on the model, first to last, and the proposals that wait; damaged ones are named on stderr."""
     from factpatch.workspace import Workspace
 
     space = Workspace.open(workspace)
     ledger = space.log()
-    entries = {entry.number: entry for entry in ledger.entries}
-    stack = list(zip(ledger.stack(at), space.stack(at), strict=True))
-    waiting = space.proposals()
+    scores = {entry.number: entry.scores for entry in ledger.entries}
+    stack = space.standing(ledger, at)
+    waiting, damage = space.store.proposals()
+    for fault in damage:
+        away = typed_in(workspace, "discard", Path(fault.path).name)
+        err.print(f"damaged: {fault}\n  Throw it away: {away}", soft_wrap=True)
     if as_json:
         print_json(
             {
                 "model": space.settings.model,
                 "stack": [
                     {
-                        "entry": place.number,
-                        "patch": place.patch,
-                        "method": patch.provenance.method,
-                        "edits": [edit.to_json() for edit in patch.provenance.edits],
-                        "scores": entries[place.number].scores,
+                        "entry": each.number,
+                        "patch": each.patch.id,
+                        "method": each.patch.provenance.method,
+                        "edits": [edit.to_json() for edit in each.patch.provenance.edits],
+                        "scores": scores.get(each.number or 0),
                     }
-                    for place, patch in stack
+                    for each in stack
                 ],
                 "proposals": [each.model_dump(mode="json", exclude={"judgement"}) for each in waiting],
             }
         )
         return
-    line((str(workspace), "bold"), f"  {space.settings.model}, {len(stack)} patches, {len(waiting)} proposals")
+    counts = f"{counted(len(stack), 'patch', 'patches')}, {counted(len(waiting), 'proposal')}"
+    line((str(workspace), "bold"), f"  {space.settings.model}, {counts}")
     table = Table(header_style="bold", box=None, pad_edge=False)
     for name in ("entry", "patch", "method", "edit"):
         table.add_column(name, overflow="fold")
-    for place, patch in stack:
-        source = patch.provenance
-        for i, edit in enumerate(source.edits):
-            head = (str(place.number), place.patch, source.method) if i == 0 else ("", "", "")
-            table.add_row(*head, f"{edit.prompt} → {edit.target}")
+    rows = [
+        (
+            str(each.number),
+            each.patch.id,
+            source.method,
+            [f"{edit.prompt} → {edit.target}" for edit in source.edits],
+            "",
+        )
+        for each in stack
+        for source in [each.patch.provenance]
+    ]
     for each in waiting:
-        for i, (prompt, target) in enumerate(each.edits):
-            head = (f"proposal {each.number}", each.patch, each.method) if i == 0 else ("", "", "")
-            table.add_row(*head, f"{prompt} → {target}", style="dim")
+        said = [f"{prompt} → {target}" for prompt, target in each.edits] + each.message.splitlines()
+        rows.append((f"proposal {each.number}", each.patch, each.method, said, "dim"))
+    for *head, texts, style in rows:
+        for i, text in enumerate(texts):
+            table.add_row(*([""] * 3 if i else head), text, style=style)
     if stack or waiting:
         out.print(table)
 
@@ -163,22 +176,37 @@ LOG = """
 """
 
 
-def log(workspace: WorkspaceOption = Path(), as_json: JsonOption = False) -> None:
+def log(workspace: opt.Workspace = Path(), as_json: opt.Json = False) -> None:
     """Every entry of the ledger, the last first: what was done, by whom, when, and what came of it.
 
     What can be read is shown even if files are damaged; these are named on stderr, and it exits with 1.
     """
     from factpatch.workspace import Workspace
 
-    ledger = Workspace.open(workspace).log()
+    space = Workspace.open(workspace)
+    ledger = space.log()
+    said = {entry.number: space.store.says(ledger, entry.patch) for entry in ledger.entries if entry.patch}
     if as_json:
         damage = [{"path": each.path, "problem": each.problem} for each in ledger.damage]
-        print_json({"entries": [entry.to_json() for entry in ledger.entries], "damage": damage})
+        entries = [
+            entry.to_json() | {"edits": [{"prompt": p, "target": t} for p, t in said.get(entry.number, ())]}
+            for entry in ledger.entries
+        ]
+        print_json({"entries": entries, "damage": damage})
     else:
-        for entry in reversed(ledger.entries):
+        damaged = {int(Path(each.path).stem): each for each in ledger.damage}
+        sound = {entry.number: entry for entry in ledger.entries}
+        for place in sorted({*damaged, *sound}, reverse=True):
+            if place in damaged:
+                line(f"{place:>4}  ", ("damaged", "bold red"), f"  {damaged[place].problem}")
+                continue
+            entry = sound[place]
             line(*action_line(entry))
-            if entry.message:
-                line(f"    {entry.message}")
+            if edits := said.get(entry.number):
+                more = f" (and {counted(len(edits) - 1, 'more edit')})" if edits[1:] else ""
+                line(f"    {edits[0][0]} → {edits[0][1]}{more}")
+            for text in entry.message.splitlines():
+                line(f"    {text}")
             scores = ", ".join(f"{name} {number(value)}" for name, value in entry.scores.items())
             if scores:
                 line((f"    {scores}", "dim"))
@@ -203,9 +231,9 @@ def diff(
     a: Annotated[int, typer.Argument(metavar="A", min=1, help="Number of an entry.")],
     b: Annotated[int | None, typer.Argument(metavar="[B]", min=1, help="Of another; default: the last.")] = None,
     ask: Annotated[bool, typer.Option("--ask/--no-ask", help="Load the model, compare its weights and ask it.")] = True,
-    workspace: WorkspaceOption = Path(),
-    device: DeviceOption = None,
-    as_json: JsonOption = False,
+    workspace: opt.Workspace = Path(),
+    device: opt.Device = None,
+    as_json: opt.Json = False,
 ) -> None:
     """What is different after entry B from after entry A: edits, parameters, and what the model says to the edits' prompts."""
     from factpatch.workspace import Workspace
@@ -239,10 +267,10 @@ CHECKOUT = """
 
 def checkout(
     output: Annotated[Path, typer.Option("--out", help="New folder for the checkpoint.")],
-    at: Annotated[int | None, _AT] = None,
-    workspace: WorkspaceOption = Path(),
-    device: DeviceOption = None,
-    as_json: JsonOption = False,
+    at: opt.At = None,
+    workspace: opt.Workspace = Path(),
+    device: opt.Device = None,
+    as_json: opt.Json = False,
 ) -> None:
     """Write the model as it is, or was after an entry, as a plain Hugging Face checkpoint."""
     from factpatch.files import check_output
@@ -250,7 +278,7 @@ def checkout(
 
     check_output(output)
     space = Workspace.open(workspace, device=device)
-    with progress() as report:
+    with if_interrupted(lambda: is_written(output)), progress() as report:
         space.checkout(output, at, report)
     ledger = space.log()
     if as_json:
@@ -258,7 +286,8 @@ def checkout(
         print_json({"out": str(output), "entry": ledger.up_to(at)[-1].number, "patches": patches})
         return
     line("Wrote ", (str(output), "bold"), f", the model after entry {ledger.up_to(at)[-1].number}.")
-    line(f'Try:  factpatch ask --model {output} "a question"   or   factpatch verify --model {output}')
+    asked, compared = typed("ask", "--model", output, "a question"), typed_in(workspace, "verify", "--model", output)
+    line(f"Try:  {asked}   or   {compared}")
 
 
 VERIFY = """
@@ -266,6 +295,7 @@ VERIFY = """
 
   factpatch verify
   factpatch verify -C facts --model patched-model
+  factpatch verify -C facts --expect 5f2a41c09b3e --history
 """
 
 
@@ -273,51 +303,73 @@ def verify(
     model: Annotated[
         Path | None, typer.Option("--model", "-m", help="A checkpoint: does the stack on disk give its weights?")
     ] = None,
-    workspace: WorkspaceOption = Path(),
-    device: DeviceOption = None,
-    as_json: JsonOption = False,
+    expect: Annotated[
+        str | None,
+        typer.Option(metavar="HASH", help="Of an entry, as verify or log told it: is that still in the ledger?"),
+    ] = None,
+    history: Annotated[
+        bool, typer.Option("--history", help="Also fail for damaged patches that were taken out since.")
+    ] = False,
+    workspace: opt.Workspace = Path(),
+    device: opt.Device = None,
+    as_json: opt.Json = False,
 ) -> None:
     """Look at every file: is the ledger's chain whole, and is each patch the one that was accepted?
+
+    A ledger whose last entries were removed is whole by itself: note the last entry's hash elsewhere, and give it with --expect
+    later. A damaged patch that was taken out since is told of, and fails with --history alone.
 
     With --model it also lays the stack on the base model and compares all weights, to the bit, with the checkpoint's: after the
     entry it was checked out at, or after the last. Exits with 1 if anything is wrong, and names each file.
     """
+    from factpatch.errors import PatchError
+    from factpatch.workspace import Workspace
     from factpatch.workspace.store import Store
     from factpatch.workspace.verify import verify as look
-    from factpatch.workspace.workspace import Workspace
 
+    if model is not None and not model.exists():
+        raise BadConfig(
+            f"--model {model}: there is no such folder.\n  Make one: {typed_in(workspace, 'checkout', '--out', model)}"
+        )
     with progress() as report:
-        # Files are looked at even where the workspace is too damaged to be opened.
-        found = look(Store(workspace), progress=report)
-        if model is not None and not found.faults:
-            found = Workspace.open(workspace, device=device).verify(model, report)
+        try:
+            space = Workspace.open(workspace, device=device)
+        except PatchError:  # too damaged to be opened, but its files can be looked at
+            found = look(Store(workspace), report, expect=expect, history=history)
+        else:
+            found = space.verify(model, report, expect=expect, history=history)
     if as_json:
         print_json({"passed": found.passed, **found.model_dump(mode="json")})
     else:
-        for fault in found.faults:
-            line(("✗ ", "red"), f"{fault.path}: {fault.problem}")
-        if not found.faults:
-            line(
-                ("✓ ", "green"),
-                f"{found.entries} entries, each hashed over the one before; {found.patches} patches lie there",
-            )
-            line((f"  last entry {found.head}", "dim"))
-        for path in found.unknown:
-            line((f"· {path}: nothing in the ledger knows of it", "dim"))
-        if found.model is not None:
-            for fault in found.model.faults:
-                line(("✗ ", "red"), f"{found.model.folder}: {fault.path} {fault.problem}")
-            if found.model.passed:
-                line(
-                    ("✓ ", "green"),
-                    f"{found.model.folder}: to the bit the base with the stack of entry {found.model.entry}",
-                )
-            elif found.model.expected != found.model.found:
-                line(
-                    ("✗ ", "red"),
-                    f"{found.model.folder}: other weights than the stack of entry {found.model.entry} gives",
-                )
-        elif model is not None:
+        _show_report(found, workspace)
+        if model is not None and found.model is None:
             line((f"{model}: not compared, because the workspace is damaged", "dim"))
     if not found.passed:
         raise typer.Exit(1)
+
+
+def _show_report(found: Report, workspace: Path) -> None:
+    for fault in found.faults:
+        line(("✗ ", "red"), str(fault))
+        if fault.then:
+            line(f"    {fault.then}")
+    for fault in found.past:
+        line(("· ", "yellow"), f"{fault}, of a patch that was taken out")
+        line(f"    {fault.then}")
+    if not found.faults:
+        lie = counted(found.patches or 0, "patch lies", "patches lie")
+        told = f"{counted(found.entries, 'entry', 'entries')}, each hashed over the one before; {lie} there"
+        line(("✓ ", "green"), told)
+        line((f"  last entry {found.head}", "dim"))
+        later = typed_in(workspace, "verify", "--expect", str(found.head))
+        line((f"  Noted elsewhere, it finds a ledger that was cut short:  {later}", "dim"))
+    for path in found.unknown:
+        line((f"· {path}: nothing in the ledger knows of it", "dim"))
+    if (own := found.model) is None:
+        return
+    for fault in own.faults:
+        line(("✗ ", "red"), f"{own.folder}: {fault.path} {fault.problem}".replace(":  ", ": "))
+    if own.passed:
+        line(("✓ ", "green"), f"{own.folder}: to the bit the base with the stack of entry {own.entry}")
+    elif own.found not in {None, own.expected}:
+        line(("✗ ", "red"), f"{own.folder}: other weights than the stack of entry {own.entry} gives")

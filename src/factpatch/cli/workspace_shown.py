@@ -1,22 +1,17 @@
-"""What the workspace's commands share: an option, and how entries, conflicts and losses are shown."""
+"""What the workspace's commands share: how entries, conflicts and losses are shown."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from factpatch.cli.gating import show_attempts, show_judgement
 from factpatch.cli.terminal import line
 
 if TYPE_CHECKING:
-    from factpatch.workspace import Conflict, Entry, Outcome, Regression
+    from factpatch.workspace import Entry, Outcome, Regression
 
-__all__ = ["WorkspaceOption", "action_line", "outcome_json", "show_conflicts", "show_outcome", "show_regressions"]
-
-WorkspaceOption = Annotated[Path, typer.Option("--workspace", "-C", help="The workspace's folder; default: this one.")]
+__all__ = ["action_line", "outcome_json", "show_outcome", "show_regressions"]
 
 
 def action_line(entry: Entry) -> tuple[str | tuple[str, str], ...]:
@@ -29,12 +24,6 @@ def action_line(entry: Entry) -> tuple[str | tuple[str, str], ...]:
         patch,
         (f"  {entry.author}, {entry.time}  {entry.hash[:12]}", "dim"),
     )
-
-
-def show_conflicts(conflicts: Sequence[Conflict]) -> None:
-    """Each in a line."""
-    for each in conflicts:
-        line(("! ", "red" if each.blocks else "yellow"), each.says)
 
 
 def show_regressions(regressions: Sequence[Regression], indent: str = "") -> None:
@@ -53,7 +42,10 @@ def show_outcome(outcome: Outcome) -> None:
     if outcome.judgement is not None:
         line(("The stack has changed since; asked again:", "bold"))
         show_judgement(outcome.judgement)
-    show_conflicts(outcome.conflicts)
+    for each in outcome.conflicts:
+        if each.says in outcome.refused:  # which is shown below
+            continue
+        line(("! ", "red" if each.blocks else "yellow"), each.says)
     show_regressions(outcome.regressions)
 
 

@@ -148,7 +148,7 @@ def _locate(spec: str | Path) -> tuple[Reader, Path]:
     name, colon, rest = str(spec).partition(":")
     reader = _READERS.get(name.strip().lower().replace("-", "_"))
     whole = _at_home(str(spec))
-    is_own = whole.suffix.lower() in own.SUFFIXES and reader is None and (not colon or whole.is_file())
+    is_own = whole.suffix.lower() in own.SUFFIXES and reader is None and (not colon or os.path.isfile(whole))  # noqa: PTH113
     if isinstance(spec, Path) or is_own:
         return _READERS["own"], whole
     if reader is None:

@@ -17,7 +17,7 @@ from typing import NoReturn
 from factpatch.data.records import Record, Source
 from factpatch.edits import Edit
 from factpatch.errors import BadFile, did_you_mean
-from factpatch.files import whole_file
+from factpatch.files import parse_json, whole_file
 
 __all__ = ["SUFFIXES", "own", "write_jsonl"]
 
@@ -57,10 +57,10 @@ def _jsonl(source: Source) -> Iterator[Record]:
 
 def _line(source: Source, number: int, place: int, line: str) -> Record:
     try:
-        return _record(source, number, json.loads(line))
+        return _record(source, number, parse_json(line))
     except json.JSONDecodeError as error:
         problem = f"line {place}, column {error.colno}: expected one JSON object ({error.msg})"
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         problem = f"line {place}: expected one JSON object ({error})"
     return Record(number, line, partial(_refuse, source, number, problem))
 

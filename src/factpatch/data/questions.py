@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from factpatch.edits import Probe, brief, first_problem
 from factpatch.errors import BadFile, BadRecord
+from factpatch.files import parse_json, read_whole
 
 __all__ = ["guard_questions", "guard_texts", "read_questions"]
 
@@ -37,10 +38,10 @@ def _guard() -> dict[str, Any]:
 def read_questions(path: Path) -> tuple[Probe, ...]:
     """The questions of a file, each once. Raises BadFile, BadRecord."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_whole(path).decode("utf-8-sig")
     except FileNotFoundError:
         raise BadFile(f"{path}: no such file.\n  Expected {_FORMS}.") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise BadFile(f"{path}: cannot be read ({error}).\n  Expected {_FORMS}.") from None
     probes = [_probe(path, number, record) for number, record in enumerate(_records(path, text))]
     if not probes:
@@ -57,12 +58,14 @@ def _records(path: Path, text: str) -> list[object]:
             rows = csv.DictReader(io.StringIO(text))
             return [{key: value for key, value in row.items() if value} for row in rows]
         if form == ".jsonl":
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
+            # Not splitlines(), which would also cut at the line separators that a JSON text may hold.
+            return [parse_json(line) for line in text.split("\n") if line.strip()]
         if form == ".json":
-            value = json.loads(text)
+            value = parse_json(text)
             return value if isinstance(value, list) else [value]
-    except ValueError as error:
-        raise BadFile(f"{path}: expected JSON ({error}).") from None
+    except (ValueError, csv.Error) as error:
+        what = "a table with commas" if form == ".csv" else "JSON"
+        raise BadFile(f"{path}: expected {what} ({error}).\n  Expected {_FORMS}.") from None
     raise BadFile(f'{path}: of an unknown form "{form}".\n  Expected {_FORMS}.')
 
 

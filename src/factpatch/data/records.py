@@ -19,6 +19,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Val
 
 from factpatch.edits import Edit, brief, first_problem
 from factpatch.errors import BadFile, BadRecord, did_you_mean
+from factpatch.files import parse_json, read_whole
 
 __all__ = ["AtLeastOne", "Form", "OneOrMany", "Reader", "Record", "Source", "only_within"]
 
@@ -75,7 +76,7 @@ class Source:
         beside = path.with_name(name) if name else path
         try:
             other = cls.open(reader, beside) if beside != path and beside.is_file() else None
-            return cls(reader.name, path, spec, path.read_bytes(), other)
+            return cls(reader.name, path, spec, read_whole(path), other)
         except FileNotFoundError:
             near = did_you_mean(path.name, (other.name for other in path.parent.glob("*")))
             raise BadFile(f"{path}: no such file.{near}\n  Expected a file that reader {reader.name} reads.") from None
@@ -100,8 +101,8 @@ class Source:
     def json(self) -> Any:
         """The file as one JSON value. Raises BadFile naming line and column."""
         try:
-            return json.loads(self.text)
-        except (ValueError, RecursionError) as error:
+            return parse_json(self.text)
+        except ValueError as error:
             raise BadFile(
                 f"{self.path}{_why_not_json(error)}\n  Is it all there? Fetch it again, or mend it at that place."
             ) from None

@@ -4,6 +4,7 @@ from factpatch.export.adapter import Shortened, export_adapter, to_adapter
 from factpatch.export.card import card
 from factpatch.export.checkpoint import export_checkpoint
 from factpatch.export.gguf import card_path, export_gguf
+from factpatch.export.using import folder_of, how_to_load, hub_id
 from factpatch.export.verify import Verified, verify_adapter, verify_checkpoint, verify_gguf
 
 __all__ = [
@@ -14,6 +15,9 @@ __all__ = [
     "export_adapter",
     "export_checkpoint",
     "export_gguf",
+    "folder_of",
+    "how_to_load",
+    "hub_id",
     "to_adapter",
     "verify_adapter",
     "verify_checkpoint",

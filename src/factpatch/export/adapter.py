@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from factpatch.errors import PatchError
 from factpatch.export.card import card
 from factpatch.export.stack import stack_of
+from factpatch.export.using import hub_id
 from factpatch.files import whole_folder
 from factpatch.lm import LM
 from factpatch.patches import LowRank, Patch
@@ -28,6 +29,7 @@ from factpatch.patches.weight import WeightPatch
 __all__ = ["Shortened", "export_adapter", "to_adapter"]
 
 _PREFIX = "base_model.model."
+_CHECKPOINT = "  Export a checkpoint: factpatch export checkpoint"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,20 +70,19 @@ def to_adapter(
     with lm.unpatched():
         changes = _changes(lm, stack)
     if not changes:
-        raise PatchError("these patches change no weight, so there is nothing to adapt.")
+        raise PatchError("these patches change no weight, so there is nothing to adapt.\n  Leave them out.")
     turned = set()
     found: dict[str, _Factors] = {}
     for name, change in changes.items():
         module = modules.get(name.removesuffix(".weight"))
         if not name.endswith(".weight") or not isinstance(module, nn.Linear | Conv1D):
-            raise PatchError(
-                f"{name} is no linear map's matrix, and PEFT's LoRA adapts nothing else.\n"
-                "  Export a checkpoint: factpatch export checkpoint"
-            )
+            raise PatchError(f"{name} is no linear map's matrix, and PEFT's LoRA adapts nothing else.\n{_CHECKPOINT}")
         turned.add(isinstance(module, Conv1D))
         found[name] = _factors(name, change, rank)
     if len(turned) > 1:
-        raise PatchError("these patches change maps that are stored both ways round, which one adapter cannot.")
+        raise PatchError(
+            f"these patches change maps that are stored both ways round, which one adapter cannot.\n{_CHECKPOINT}"
+        )
     is_turned = turned == {True}
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
@@ -96,7 +97,7 @@ def to_adapter(
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": lm.name,
+        "base_model_name_or_path": hub_id(lm) or lm.name,  # never a path, since this is shipped
         "r": most,
         "lora_alpha": most,
         "lora_dropout": 0.0,
@@ -127,12 +128,11 @@ def export_adapter(
 
 def _changes(lm: LM, patches: Sequence[Patch]) -> dict[str, LowRank | Tensor]:
     """By parameter, what all of them add to the unpatched model together; as factors where all that touch it are low-rank."""
-    if all(isinstance(patch, WeightPatch) for patch in patches):
-        for patch in patches:
-            patch.check_base(lm)
+    weights = [patch for patch in patches if isinstance(patch, WeightPatch)]
+    if len(weights) == len(patches):
         deltas: dict[str, list[Any]] = {}
-        for patch in patches:
-            assert isinstance(patch, WeightPatch)
+        for patch in weights:
+            patch.check_base(lm)
             for name, delta in patch.deltas.items():
                 deltas.setdefault(name, []).append(delta)
         return {name: _sum(own) for name, own in deltas.items()}
@@ -160,9 +160,8 @@ def _factors(name: str, change: LowRank | Tensor, most: int | None) -> _Factors:
     else:
         left, values, right = torch.linalg.svd(change.cpu(), full_matrices=False)
     # What float32, in which patches and weights are kept, cannot tell from zero.
-    floor = (
-        float(values[0]) * max(left.shape[0], right.shape[1]) * torch.finfo(torch.float32).eps if len(values) else 0.0
-    )
+    longest = max(left.shape[0], right.shape[1])
+    floor = float(values[0]) * longest * torch.finfo(torch.float32).eps if len(values) else 0.0
     rank = max(1, int((values > floor).sum()))
     kept = rank if most is None else min(rank, most)
     root = values[:kept].sqrt()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from factpatch.edits import Edit
+from factpatch.export.using import how_to_load, hub_id
 from factpatch.lm import LM
 from factpatch.lm.catalog import CATALOG
 from factpatch.patches import Patch
+from factpatch.words import counted
 
 if TYPE_CHECKING:
     from factpatch.export.adapter import Shortened
@@ -34,31 +37,35 @@ def card(lm: LM, patches: Sequence[Patch], form: Form, shortened: Sequence[Short
 
 def _lines(lm: LM, patches: Sequence[Patch], form: Form, shortened: Sequence[Shortened]) -> Iterator[str]:
     licence = CATALOG[lm.name].licence if lm.name in CATALOG else None
-    yield from ("---", f"base_model: {json.dumps(lm.name)}", "tags: [knowledge-editing, factpatch]")
+    base = hub_id(lm)
+    yield "---"
+    if base:
+        yield f"base_model: {json.dumps(base)}"
+    yield "tags: [knowledge-editing, factpatch]"
     if form == "adapter":
         yield "library_name: peft"
     if licence:
         yield f"license: {json.dumps(licence.lower().replace(' ', '-'))}"
-    edits = [edit for patch in patches for edit in patch.provenance.edits]
-    yield from ("---", "", f"# {lm.name}, with {len(edits)} edit{'' if len(edits) == 1 else 's'}", "")
+    edits = [(patch, edit) for patch in patches for edit in patch.provenance.edits]
+    yield from ("---", "", f"# {lm.name}, with {counted(len(edits), 'edit')}", "")
     yield f"This is {_WHAT[form]}: {lm.name} with facts changed by factpatch. Base fingerprint `{lm.fingerprint[:16]}…`."
-    yield from (
-        "",
-        "## What was changed",
-        "",
-        "| edit | kind | asked | says now | said before |",
-        "| --- | --- | --- | --- | --- |",
+    yield from ("", "## Load it", "", *_loading(lm, form))
+    yield from ("", "## What was changed", "")
+    yield from _table(
+        ("edit", "kind", "asked", "says now", "said before"),
+        (
+            (_cell(edit.id), edit.kind, _cell(edit.prompt), _cell(edit.target), _cell(_said_before(patch, edit)))
+            for patch, edit in edits[:_MOST]
+        ),
     )
-    for edit in edits[:_MOST]:
-        before = ", ".join(edit.ground_truth) or "–"
-        yield f"| {_cell(edit.id)} | {edit.kind} | {_cell(edit.prompt)} | {_cell(edit.target)} | {_cell(before)} |"
     if len(edits) > _MOST:
         yield f"\nand {len(edits) - _MOST} more."
     yield from ("", "## How", "")
     for patch in patches:
         told = patch.provenance
         parts = ", ".join(f"`{change['part']}` ({change['form']})" for change in patch.changes()[:8])
-        yield f"- `{patch.id}` by {told.method}, {len(told.edits)} edits, changes {parts}; settings `{json.dumps(told.config)}`"
+        yield f"- `{patch.id}` by {told.method}, {counted(len(told.edits), 'edit')}, changes {parts}; its settings:"
+        yield from (f"    - {_cell(name)}: {_cell(_setting(value))}" for name, value in told.config.items())
     if any(each.error for each in shortened):
         yield from ("", "Changes were cut to fewer ranks: what is left out, as a share of each change's norm:", "")
         yield from (f"- `{each.parameter}`: rank {each.kept} of {each.rank}, {each.error:.2%}" for each in shortened)
@@ -73,6 +80,25 @@ def _lines(lm: LM, patches: Sequence[Patch], form: Form, shortened: Sequence[Sho
     )
 
 
+def _loading(lm: LM, form: Form) -> Iterator[str]:
+    yield from (f"```{'console' if form == 'gguf' else 'python'}", *how_to_load(form, hub_id(lm)), "```")
+    if form == "adapter" and lm.name in CATALOG and hub_id(lm):
+        yield f"\nIt was made on, and compared with, {lm.name} as factpatch fetches it: a quantised copy, unpacked. The hub's is"
+        yield "not quantised, so answers on it may differ; the fingerprint above tells the two apart."
+
+
+def _said_before(patch: Patch, edit: Edit) -> str:
+    """The model's own answer before the edit where its patch was scored, else what the edit says was true; or a dash."""
+    rows = (patch.provenance.scorecard or {}).get("scores", ())
+    own = {"protocol": "open", "role": "edit", "edit": edit.id, "prompt": edit.prompt}
+    said = next((row.get("said_before", "") for row in rows if own.items() <= row.items()), "")
+    return said or ", ".join(edit.ground_truth) or "–"
+
+
+def _setting(value: Any) -> str:
+    return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
+
+
 def _scores(patches: Sequence[Patch]) -> Iterator[str]:
     scored = [(patch, patch.provenance.scorecard) for patch in patches]
     rows = [(patch, summary) for patch, card in scored if card for summary in card.get("summaries", ())]
@@ -80,23 +106,30 @@ def _scores(patches: Sequence[Patch]) -> Iterator[str]:
         yield "None were made. `factpatch score` makes them."
         return
     yield "Open: what the model says by itself. Survey: teacher-forced agreement, as published tables have it; it flatters."
-    yield from (
-        "",
-        f"| patch | protocol | {' | '.join(s.replace('_', ' ') for s in _SCORES)} |",
-        "| --- |" * 2 + " ---: |" * len(_SCORES),
+    yield ""
+    yield from _table(
+        ("patch", "protocol", *(name.replace("_", " ") for name in _SCORES)),
+        ((f"`{patch.id}`", each["protocol"], *(_number(each, name) for name in _SCORES)) for patch, each in rows),
+        texts=2,
     )
-    for patch, summary in rows:
-        yield f"| `{patch.id}` | {summary['protocol']} | {' | '.join(_number(summary, name) for name in _SCORES)} |"
     for patch, card in scored:
         gate = (card or {}).get("gate")
         if gate:
             found = "; ".join(_cell(finding["says"]) for finding in gate["findings"])
             yield f"\nThe gate {'let' if gate['passed'] else 'did not let'} `{patch.id}` through: {found}."
             if gate["proposed"]:
-                yield f"{len(gate['proposed'])} of the probes were made up by factpatch, not written by the patch's author."
+                made = counted(len(gate["proposed"]), "probe was", "probes were")
+                yield f"{made} made up by factpatch, not written by the patch's author."
     missing = [patch.id for patch, card in scored if not card]
     if missing:
         yield f"\nNot scored: {', '.join(missing)}."
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], texts: int | None = None) -> Iterator[str]:
+    """A Markdown table; all columns after so many `texts` hold numbers, which stand on the right."""
+    left = len(heads) if texts is None else texts
+    rule = ["---"] * left + ["---:"] * (len(heads) - left)
+    yield from (f"| {' | '.join(row)} |" for row in (heads, rule, *rows))
 
 
 def _number(summary: Mapping[str, Any], name: str) -> str:

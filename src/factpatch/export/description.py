@@ -15,11 +15,11 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from factpatch.errors import BadFile
 from factpatch.lm import LM
 
-__all__ = ["architecture_of", "check_describable", "describe", "rotary_factors"]
+__all__ = ["TEMPLATE", "architecture_of", "check_describable", "describe", "rotary_factors"]
 
 # By transformers' type of model, llama.cpp's architecture: those that differ in nothing but names and the order of rotary pairs.
 _ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-_TEMPLATE = "Name a GGUF file of the unpatched model to start from: --template"
+TEMPLATE = "Name a GGUF file of the unpatched model to start from: --template"
 
 # How a text is cut before merges, as llama.cpp names it.
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -37,7 +37,7 @@ def architecture_of(lm: LM) -> str:
     if kind not in _ARCHITECTURES:
         raise BadFile(
             f"{lm.name}: a GGUF file of a {kind} model cannot be written from nothing, only of {', '.join(_ARCHITECTURES)}.\n"
-            f"  {_TEMPLATE}"
+            f"  {TEMPLATE}"
         )
     return _ARCHITECTURES[kind]
 
@@ -82,7 +82,7 @@ def rotary_factors(lm: LM) -> Float[Tensor, " half"] | None:
     if kind == "default":
         return None
     if kind not in {"linear", "llama3"} or architecture_of(lm) != "llama":  # the others have no tensor for it
-        raise BadFile(f"{lm.name}: rotary positions of kind {kind} cannot be told to llama.cpp here.\n  {_TEMPLATE}")
+        raise BadFile(f"{lm.name}: rotary positions of kind {kind} cannot be told to llama.cpp here.\n  {TEMPLATE}")
     slowed, _ = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
     places = torch.arange(len(slowed), dtype=torch.float32) / len(slowed)
     return _theta(config) ** -places / slowed.float()
@@ -120,7 +120,7 @@ def _tokens(lm: LM) -> dict[str, Any]:
         or (made.get("normalizer") or {}).get("type", "NFC") != "NFC"
     ):
         raise BadFile(
-            f"{lm.name}: its tokenizer is none of the byte-level ones that are known to be llama.cpp's too.\n  {_TEMPLATE}"
+            f"{lm.name}: its tokenizer is none of the byte-level ones that are known to be llama.cpp's too.\n  {TEMPLATE}"
         )
     size = _rows(lm)
     names = [f"[PAD{i}]" for i in range(size)]  # rows of the embedding that no token has

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from factpatch.errors import BadFile, PatchError
 from factpatch.export.card import card
-from factpatch.export.description import architecture_of, check_describable, describe, rotary_factors
+from factpatch.export.description import TEMPLATE, architecture_of, check_describable, describe, rotary_factors
 from factpatch.export.layout import found_layout, known_layout
 from factpatch.export.stack import stack_of
 from factpatch.files import refuse_taken, whole_file
@@ -116,15 +116,15 @@ def _read(path: Path) -> Any:
     try:
         return gguf.GGUFReader(path)
     except FileNotFoundError:
-        raise BadFile(f"{path}: no such file.\n  Name a GGUF file of the unpatched model: --template") from None
+        raise BadFile(f"{path}: no such file.\n  {TEMPLATE}") from None
     except Exception as error:  # the reader raises kinds of its own, NumPy's among them
-        raise BadFile(f"{path}: not a GGUF file that can be read ({error}).") from None
+        raise BadFile(f"{path}: not a GGUF file that can be read ({error}).\n  {TEMPLATE}") from None
 
 
 def _architecture(reader: Any) -> str:
     field = reader.fields.get("general.architecture")
     if field is None:
-        raise BadFile("the template does not say of what architecture it is.\n  Name another: --template")
+        raise BadFile(f"the template does not say of what architecture it is.\n  {TEMPLATE}")
     return str(field.contents())
 
 
@@ -137,7 +137,10 @@ def _names(lm: LM, architecture: str) -> Callable[[str], str | None]:
     """From the model's names to llama.cpp's."""
     kind = next((key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), None)
     if kind is None:
-        raise BadFile(f'the template is of an architecture "{architecture}" that the gguf library does not know.')
+        raise BadFile(
+            f'the template is of an architecture "{architecture}" that the gguf library does not know.\n'
+            "  Update it: pip install --upgrade gguf"
+        )
     table = gguf.get_tensor_name_map(kind, lm.anatomy.n_layers)
     return lambda name: table.get_name(name, try_suffixes=(".weight", ".bias"))
 
@@ -177,10 +180,7 @@ def _all(lm: LM) -> Iterator[_Entry]:
     for name, parameter in lm.model.named_parameters():
         own = name_of(name)
         if own is None:
-            raise BadFile(
-                f"{lm.name}: llama.cpp has no tensor for {name}.\n"
-                "  Name a GGUF file of the unpatched model to start from: --template"
-            )
+            raise BadFile(f"{lm.name}: llama.cpp has no tensor for {name}.\n  {TEMPLATE}")
         yield _Entry(own, known_layout(lm, architecture, own)(parameter.detach()))
     factors = rotary_factors(lm)
     if factors is not None:

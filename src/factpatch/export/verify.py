@@ -106,8 +106,13 @@ def verify_gguf(lm: LM, patches: Sequence[Patch], path: str | Path, progress: Pr
     settings.flash_attn_type = library.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     try:
         server = library.Server(settings)
+        # One that is dropped before its loop runs is waited for without end; an answer shows that it runs.
+        server.handle_completions({"prompt": "a", "n_predict": 1})
     except Exception as error:
-        raise BadFile(f"{path}: llama.cpp cannot load it ({error}).") from None
+        raise BadFile(
+            f"{path}: llama.cpp cannot load it ({error}).\n"
+            "  Write it from another template, --template, or leave the question out: --no-verify"
+        ) from None
 
     def say(prompt: str) -> str:
         reply = server.handle_completions({"prompt": prompt, "n_predict": _TOKENS, "temperature": 0.0})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,8 @@ __all__ = ["Attempt", "AutoChoice", "attempt", "choose"]
 
 _UNABLE = (AnatomyError, BadConfig, CannotEdit, FetchError, MissingExtra, SingularMoment, torch.OutOfMemoryError)
 """What keeps one method from these edits on this model and machine, but not another."""
+
+_UNMERGED = "which cannot be merged"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,26 @@ class AutoChoice:
         return next((finding.says for finding in failed if finding.value is None), "")
 
     @property
+    def advice(self) -> str:
+        """What would help where no patch passed, in a line; empty where nothing is known that would."""
+        if self.patch is not None or self.hopeless or self.best is None or self.best.judgement is None:
+            return self._fewer()
+        failed = self.best.judgement.verdict.failed
+        weaker = [(str(finding.requirement), finding.would_pass) for finding in failed]
+        told = ""
+        if all(passing for _, passing in weaker):
+            instead = " and ".join(f"{passing} in place of {needed}" for needed, passing in weaker)
+            told = f"With {instead}, {self.best.method} would pass."
+        return " ".join(filter(None, (told, self._fewer())))
+
+    def _fewer(self) -> str:
+        """What leaving a requirement out would do."""
+        beside = [each.method for each in self.attempts if each.reason.endswith(_UNMERGED)]
+        if self.patch is not None or self.hopeless or not beside:
+            return ""
+        return f"Without mergeable, {', '.join(beside)} could be tried too; their patches stay beside the weights."
+
+    @property
     def says(self) -> str:
         """Which won and why, in a line."""
         if self.patch is None:
@@ -109,11 +131,16 @@ def choose(
     methods: Sequence[str] | None = None,
     settings: Mapping[str, Any] | None = None,
     progress: Progress = silent,
+    *,
+    minutes: float | None = None,
+    watch: Callable[[Attempt], None] | None = None,
 ) -> AutoChoice:
     """Try methods from cheap to dear (`Traits.effort`) until a patch passes the gate.
 
     methods   names to choose from, in this order; by default all that are registered, by effort
     settings  for each of them that knows the setting
+    minutes   how long it may take; a method that is at work then is stopped where it next reports how far it is
+    watch     is told each attempt as soon as it is known
 
     Methods that learn an editor first are passed over, as are those that cannot make the edits, fit the model, or give the
     kind of patch that is required; each says why. Where a requirement finds nothing to be scored, the first attempt is the
@@ -128,25 +155,51 @@ def choose(
             raise BadConfig(f'no method to be tried has a setting "{key}".{did_you_mean(key, known)}')
     proposal, scorer = gate.proposal(lm, edits, progress), gate.scorer(lm)
     attempts: list[Attempt] = []
-    for name in tried:
+    end = None if minutes is None else time.perf_counter() + 60 * minutes
+
+    def turn(name: str) -> tuple[Attempt, Patch | None]:
+        if end is not None and time.perf_counter() > end:
+            return Attempt(name, reason=f"not tried: {minutes:g} minutes were up"), None
         made = _able(name, lm, edits, gate, settings or {})
         if isinstance(made, str):
-            attempts.append(Attempt(name, reason=made))
-            continue
-        started = time.perf_counter()
+            return Attempt(name, reason=made), None
+        started, report = time.perf_counter(), _of(name, progress, end)
         try:
-            patch = made.fit(lm, edits, progress)
-        except _UNABLE as error:
-            attempts.append(Attempt(name, reason=str(error).splitlines()[0]))
-            continue
-        seconds = time.perf_counter() - started
-        judgement = gate.judge(lm, edits, patch, progress, proposal=proposal, scorer=scorer)
-        attempts.append(Attempt(name, judgement, seconds=seconds))
-        if judgement.passed:
+            try:
+                patch = made.fit(lm, edits, report)
+            except _UNABLE as error:
+                return Attempt(name, reason=str(error).splitlines()[0]), None
+            seconds = time.perf_counter() - started
+            judgement = gate.judge(lm, edits, patch, report, proposal=proposal, scorer=scorer)
+        except _TimeUp:
+            return Attempt(name, reason=f"stopped: {minutes:g} minutes were up"), None
+        return Attempt(name, judgement, seconds=seconds), patch
+
+    for name in tried:
+        made, patch = turn(name)
+        attempts.append(made)
+        if watch is not None:
+            watch(made)
+        if made.passed:
             return AutoChoice(tuple(attempts), patch)
-        if any(finding.value is None for finding in judgement.verdict.failed):
+        if made.judgement and any(finding.value is None for finding in made.judgement.verdict.failed):
             break
     return AutoChoice(tuple(attempts), None)
+
+
+class _TimeUp(Exception):
+    """What stops a method at work; it is raised where that reports how far it is."""
+
+
+def _of(name: str, progress: Progress, end: float | None) -> Progress:
+    """Progress that says whose it is, until the end."""
+
+    def report(doing: str, done: int, total: int | None) -> None:
+        if end is not None and time.perf_counter() > end:
+            raise _TimeUp
+        progress(f"{name}: {doing}", done, total)
+
+    return report
 
 
 def attempt(
@@ -171,7 +224,7 @@ def _able(name: str, lm: BaseLM, edits: Sequence[Edit], gate: Gate, settings: Ma
     if traits.patch.needs_weights and not isinstance(lm, LM):
         return "needs the model's weights"
     if any(need.measure == "mergeable" for need in gate.requirements) and not traits.patch.mergeable:
-        return f"makes {traits.patch.kind} patches, which cannot be merged"
+        return f"makes {traits.patch.kind} patches, {_UNMERGED}"
     try:
         method = create(name, {key: value for key, value in settings.items() if key in kind.config_type.model_fields})
         method.check(edits)

@@ -76,8 +76,8 @@ def propose(lm: BaseLM, edits: Sequence[Edit], progress: Progress = silent) -> P
     for edit in edits:
         more: dict[str, object] = {}
         if not edit.rephrases and edit.kind in {"insert", "modify"}:
-            more["rephrases"] = rewordings(edit)
-            added |= {(edit.id, text) for text in rewordings(edit)}
+            more["rephrases"] = texts = rewordings(edit)
+            added |= {(edit.id, text) for text in texts}
         if edit.id in groups:
             more["locality"] = groups[edit.id]
             added |= {(edit.id, probe.prompt) for group in groups[edit.id].values() for probe in group}
@@ -91,7 +91,7 @@ def rewordings(edit: Edit) -> tuple[str, ...]:
     >>> rewordings(Edit(id="1", prompt="The capital of France is", target="Lyon", subject="France"))[0]
     "France's capital is"
     """
-    texts = [*_turned(edit), *_framed(edit.prompt)]
+    texts = [*_turned(edit), *_framed(edit.prompt, edit.subject)]
     return tuple(dict.fromkeys(text for text in texts if text != edit.prompt))[:_MOST]
 
 
@@ -109,11 +109,13 @@ def _turned(edit: Edit) -> list[str]:
     return []
 
 
-def _framed(prompt: str) -> list[str]:
+def _framed(prompt: str, subject: str | None) -> list[str]:
     if prompt.endswith("?"):
         return [f"Question: {prompt} Answer:", f"Please tell me: {prompt}", f"I have a question. {prompt}"]
     first, _, rest = prompt.partition(" ")
-    inside = f"{first.lower()} {rest}" if first in _LEADS else prompt
+    # A name keeps its article as it is written: methods look for the subject letter for letter.
+    is_name = bool(subject) and prompt.startswith(str(subject))
+    inside = f"{first.lower()} {rest}" if first in _LEADS and not is_name else prompt
     return [f"It is well known that {inside}", f"Here is a fact. {prompt}", f"As everybody can read, {inside}"]
 
 

@@ -47,6 +47,8 @@ _WHOLE = re.compile(
     r"^(?:(open|survey)\.)?([a-z_]+)(?:/(.+?))?\s*(?:(>=|<=|>|<|=)\s*(-?[0-9.]+(?:e[+-]?[0-9]+)?)\s*(%?))?$", re.I
 )
 _EXAMPLE = "  Write NAME>=NUMBER or NAME<=NUMBER, such as edit_success>=1, locality>=0.95 or fluency_drop<=5%."
+_LIKELY = 50
+"""A number from which on a percentage may have been meant; few want a gate that lets half of it pass."""
 
 
 class _Value(BaseModel):
@@ -100,7 +102,9 @@ class Requirement(_Value):
             raise BadConfig(f'"{text}": "{number}" is no number.\n{_EXAMPLE}') from None
         least = -1 if name == "fluency_drop" else 0
         if not (math.isfinite(bound) if name == "fluency" else least <= bound <= 1):
-            meant = f"  Did you mean {number}%?" if not percent and 1 < bound <= 100 else _EXAMPLE
+            drop = name == "fluency_drop"  # of which little is wanted, and of all others much
+            is_likely = not percent and (1 < bound < _LIKELY if drop else _LIKELY <= bound <= 100)
+            meant = f"  Did you mean {number}%?" if is_likely else _EXAMPLE
             kind_of_number = "a number of bits" if name == "fluency" else f"a share from {least} to 1"
             raise BadConfig(f'"{text}": {name} is {kind_of_number}, found {number}{percent}.\n{meant}')
         asked: ProtocolName = "survey" if (protocol or "").lower() == "survey" else "open"
@@ -159,6 +163,18 @@ class Finding(_Value):
         if self.value is None or self.requirement.bound is None:
             return 1.0
         return abs(self.value - self.requirement.bound) / max(1.0, abs(self.requirement.bound))
+
+    @property
+    def would_pass(self) -> str:
+        """The nearest requirement to this one that the number meets, to three digits; empty if it is met, or none would."""
+        need = self.requirement
+        if self.passed or self.value is None or need.bound is None:
+            return ""
+        down = need.compare in {">=", ">"}
+        bound = (math.floor if down else math.ceil)(round(self.value, 9) * 1000) / 1000
+        if down and bound <= 0:  # a bound that everything meets requires nothing
+            return ""
+        return str(need.model_copy(update={"bound": bound, "compare": ">=" if down else "<="}))
 
     @property
     def says(self) -> str:

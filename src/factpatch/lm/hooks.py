@@ -6,7 +6,7 @@ Modules take and give a tensor, or a tuple whose first item is the hidden state;
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -39,35 +39,26 @@ def reading(module: nn.Module, see: Callable[[Tensor, Tensor], None]) -> Iterato
 
     Take from them at once what is wanted: some blocks go on to add to the very tensor they were given.
     """
-    handle = module.register_forward_hook(
+    with module.register_forward_hook(
         lambda _, args, kwargs, out: see(_given(args, kwargs), _hidden(out)), with_kwargs=True
-    )
-    try:
+    ):
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
 def replacing_output(module: nn.Module, new: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
     """Let `new(input, output)` stand for the module's output."""
-    handle = module.register_forward_hook(
+    with module.register_forward_hook(
         lambda _, args, kwargs, out: _with_hidden(out, new(_given(args, kwargs), _hidden(out))), with_kwargs=True
-    )
-    try:
+    ):
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
 def replacing_input(module: nn.Module, new: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Let `new(input)` stand for the module's input."""
-    handle = module.register_forward_pre_hook(lambda _, args: (new(args[0]), *args[1:]))
-    try:
+    with module.register_forward_pre_hook(lambda _, args: (new(args[0]), *args[1:])):
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -77,24 +68,16 @@ def until(module: nn.Module) -> Iterator[None]:
     def stop(*_: Any) -> None:
         raise _Reached
 
-    handle = module.register_forward_hook(stop)
-    try:
+    with suppress(_Reached), module.register_forward_hook(stop):
         yield
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
 
 
 @contextmanager
 def recording(module: nn.Module) -> Iterator[list[Any]]:
     """Keep what the module returns, as it returns it: the form `resuming` takes."""
     kept: list[Any] = []
-    handle = module.register_forward_hook(lambda _, __, out: kept.append(out))
-    try:
+    with module.register_forward_hook(lambda _, __, out: kept.append(out)):
         yield kept
-    finally:
-        handle.remove()
 
 
 @contextmanager

@@ -58,7 +58,7 @@ class _Adapter(Method[AdapterConfig]):
             trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
             optimiser = torch.optim.Adam(trained, lr=config.lr)
             for step in range(config.steps):
-                progress(f"Training a {self.name} adapter", step, config.steps)
+                progress(f"Training an adapter with {self.name}", step, config.steps)
                 total = 0.0
                 for batch in batches:
                     loss = batch.nll().mean()
@@ -70,7 +70,7 @@ class _Adapter(Method[AdapterConfig]):
                 losses.append(total)
                 if total < config.stop_loss:
                     break
-            progress(f"Training a {self.name} adapter", config.steps, config.steps)
+            progress(f"Training an adapter with {self.name}", config.steps, config.steps)
             note = {"steps": len(losses), "first_loss": round(losses[0], 6), "last_loss": round(losses[-1], 6)}
             return AdapterPatch.of(self.provenance(lm, settled, edits, [note]), adapted)
 

@@ -43,6 +43,7 @@ from factpatch.methods.needs import Held, Needs, Preparation, Stage, laid_on, lo
 from factpatch.methods.values import ValueConfig, search_needed, target_values
 from factpatch.patches import LowRank, WeightPatch
 from factpatch.progress import Progress, silent
+from factpatch.words import counted
 
 __all__ = ["AlphaEdit", "AlphaEditConfig", "Memit", "MemitConfig", "Pmet", "SpreadConfig"]
 
@@ -285,7 +286,11 @@ class AlphaEdit(_Spread[AlphaEditConfig]):
         layers = _edited(lm, config)
         free = max(1, round(config.free_share * width))
         held = (
-            Held(what=f"free directions of {len(layers)} block(s)", bytes=4 * width * free * len(layers), host=True),
+            Held(
+                what=f"free directions of {counted(len(layers), 'block')}",
+                bytes=4 * width * free * len(layers),
+                host=True,
+            ),
             Held(what="directions as they are read", bytes=4 * width**2, host=True),
             Held(what="one block's in float64", bytes=8 * width * free, host=True),
             Held(what="the metric, and its factor or that factor's copy", bytes=16 * free**2, host=True),

@@ -38,6 +38,7 @@ from factpatch.lm.writing import Sampler, generate
 from factpatch.methods.base import Config
 from factpatch.methods.needs import Held, Preparation, Stage, kept_keys, widest_pass
 from factpatch.progress import Progress
+from factpatch.words import counted
 
 __all__ = [
     "MomentConfig",
@@ -209,7 +210,7 @@ def moments_needed(
     sums = 8 * sum(squares[layer] for layer in missing)
     measuring = (
         widest_pass(lm, batch),
-        Held(what=f"sums of {len(missing)} block(s), float64", bytes=sums, host=True),
+        Held(what=f"sums of {counted(len(missing), 'block')}, float64", bytes=sums, host=True),
         Held(what="one batch's products", bytes=4 * size),
         Held(what="the same where they are summed, and what is written to disk", bytes=8 * size, host=True),
     )
@@ -254,7 +255,9 @@ def factors_held(width: int, count: int = 1, *, solving: bool = True) -> tuple[H
 
 def _kept(width: int, count: int) -> tuple[Held, ...]:
     kept = min(count * 4 * width * (width + 2), _MOST_AT_HAND)
-    return (Held(what=f"factors of {count} block(s), float64, packed", bytes=kept, host=True),) if count else ()
+    return (
+        (Held(what=f"factors of {counted(count, 'block')}, float64, packed", bytes=kept, host=True),) if count else ()
+    )
 
 
 def _width(lm: LM, layer: int) -> int:

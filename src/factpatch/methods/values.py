@@ -29,6 +29,7 @@ from factpatch.methods.keys import subject_texts
 from factpatch.methods.needs import Held, Stage, kept_keys, kept_tokens, most, predictions
 from factpatch.methods.targets import constant_weights, cross_entropy, tokens_at_once
 from factpatch.progress import Progress, part
+from factpatch.words import counted
 
 __all__ = ["TargetValue", "ValueConfig", "search_needed", "target_values"]
 
@@ -162,7 +163,8 @@ def search_needed(
             kept_keys(lm, since * len(rows)),
             kept_keys(lm, (since + widest) * at_once, lm.anatomy.n_layers - first),
             Held(
-                what=f"values of {len(group)} edit(s), their changes, gradients and Adam's moments", bytes=5 * numbers
+                what=f"values of {counted(len(group), 'edit')}, their changes, gradients and Adam's moments",
+                bytes=5 * numbers,
             ),
         )
         found.append(Stage(doing="Optimising values", held=held))

@@ -14,19 +14,62 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import AfterValidator, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from factpatch.errors import BadPatch, MissingExtra, WrongBase
 from factpatch.lm import LM
 from factpatch.patches.base import Patch, Provenance
-from factpatch.patches.weight import point
+from factpatch.patches.parts import Spec, linear_map
+from factpatch.patches.weight import check_finite, point
 
 __all__ = ["AdapterPatch", "adapt", "peft_library"]
 
 _PREFIX = "base_model.model."
+_PEFT_RAISES = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
+
+
+def _once(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(names)) < len(names):
+        raise ValueError("expected each module once, found one twice")
+    return names
+
+
+class _Config(Spec):
+    """What of PEFT's config decides what an adapter does to the weights. Nothing else of it is handed on to PEFT.
+
+    PEFT's config can ask for much more, such as modules to import or files to read, and a patch must not.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    peft_type: Literal["LORA", "ADALORA"]
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_once)]
+    r: PositiveInt
+    lora_alpha: PositiveFloat
+    fan_in_fan_out: bool = False
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_r: PositiveInt | None = None
+    target_r: PositiveInt | None = None
+    total_step: PositiveInt | None = None
+    tinit: NonNegativeInt = 0
+    tfinal: NonNegativeInt = 0
+
+    @property
+    def rank(self) -> int:
+        """Of its matrices."""
+        return self.r if self.init_r is None else self.init_r
+
+    def acting(self) -> dict[str, Any]:
+        """What PEFT is given; the modules are the caller's."""
+        ours = {"r"} if self.peft_type == "ADALORA" else {"init_r", "target_r", "total_step", "tinit", "tfinal"}
+        return self.model_dump(exclude={"target_modules", *ours}, exclude_none=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,37 +100,49 @@ class AdapterPatch(Patch):
         """Point each touched weight at the merged one; undoing points it back at the very tensor it had."""
         self.check_base(lm)
         parameters = dict(lm.model.named_parameters())
-        for name in self.config["target_modules"]:
-            if f"{name}.weight" not in parameters:
+        for name in _Config.read(self.config).target_modules:
+            linear_map(lm, name, "the adapter changes")
+            if f"{name}.weight" not in parameters:  # it goes by another name, that of what it is tied to
                 raise WrongBase(
-                    f"the adapter changes {name}; {lm.name} has no such module.\n"
+                    f"the adapter changes {name}, whose weight in {lm.name} is another module's too.\n"
                     "  The patch's folder may be damaged; make it again with: factpatch edit"
                 )
         try:
             changed = self.merged(lm.model)
-        except (AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        except _PEFT_RAISES as error:
             told = str(error).strip().partition("\n")[0]
             raise BadPatch(
                 f"PEFT cannot lay this adapter on {lm.name} ({told}).\n"
                 "  The patch's folder may be damaged; make it again with: factpatch edit"
             ) from error
+        check_finite(changed, lm)
         kept = {name: parameters[name].data for name in changed}
         point(parameters, changed)
         return partial(point, parameters, kept)
 
     def merged(self, model: nn.Module) -> dict[str, Tensor]:
-        """The weights this adapter makes of a model's, by name; the model is not touched."""
+        """The weights this adapter makes of a model's, by name; the model is not touched.
+
+        Raises BadPatch if its tensors are not those that its config asks for.
+        """
         peft = peft_library()
-        names = list(self.config["target_modules"])
+        read = _Config.read(self.config)
+        names = list(read.target_modules)
         aliases = {name: f"m{i}" for i, name in enumerate(names)}  # module names in a dict may hold no dots
         copies = nn.ModuleDict({aliases[name]: _copied(model.get_submodule(name)) for name in names})
-        local = {"target_modules": list(aliases.values()), "base_model_name_or_path": None}
-        config = peft.PeftConfig.from_peft_type(**{**self.config, **local})
+        config = peft.PeftConfig.from_peft_type(**read.acting(), target_modules=list(aliases.values()))
         renamed = {}
         for key, tensor in self.weights.items():
             name = max((n for n in names if key.startswith(f"{_PREFIX}{n}.")), key=len)
             renamed[f"{_PREFIX}{aliases[name]}{key.removeprefix(_PREFIX + name)}"] = tensor
         adapted = adapt(copies, config, seed=0)
+        wanted = {key: tensor.shape for key, tensor in peft.get_peft_model_state_dict(adapted).items()}
+        # PEFT passes over what it does not know, and leaves what it does not find at its random start.
+        if wanted != {key: tensor.shape for key, tensor in renamed.items()}:
+            raise BadPatch(
+                f"{self.tensor_file}: its tensors are not those that adapter_config.json asks for.\n"
+                "  The file is damaged; make the patch again with: factpatch edit"
+            )
         with torch.no_grad():
             peft.set_peft_model_state_dict(adapted, renamed)
             merged = adapted.merge_and_unload()
@@ -108,19 +163,26 @@ class AdapterPatch(Patch):
     @classmethod
     def from_parts(cls, provenance: Provenance, spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> AdapterPatch:
         """From PEFT's config and tensors."""
-        names = spec.get("target_modules") or []
+        read = _Config.read(spec)
+        names = read.target_modules
         strays = [key for key in tensors if not any(key.startswith(f"{_PREFIX}{name}.") for name in names)]
-        if not names or strays:
+        if strays:
             raise BadPatch(
                 f"{cls.tensor_file}: holds tensors of no module that the config names ({strays[:1]}).\n"
+                "  The file is damaged; make the patch again with: factpatch edit"
+            )
+        # Before PEFT makes room for it: a rank may be written down that no memory holds.
+        if any(tensor.shape[:1] != (read.rank,) for key, tensor in tensors.items() if ".lora_A" in key):
+            raise BadPatch(
+                f"{cls.tensor_file}: its matrices are not of rank {read.rank}, which the config tells of.\n"
                 "  The file is damaged; make the patch again with: factpatch edit"
             )
         return AdapterPatch(provenance, dict(spec), tensors)
 
     def changes(self) -> list[dict[str, Any]]:
         """One row for each module."""
-        kind, rank = self.config["peft_type"], self.config.get("init_r") or self.config["r"]
-        form = f"{'DORA' if self.config.get('use_dora') else kind} of rank {rank}"
+        read = _Config.read(self.config)
+        form = f"{'DORA' if read.use_dora else read.peft_type} of rank {read.rank}"
         return [{"part": f"{name}.weight", "form": form} for name in self.config["target_modules"]]
 
 

@@ -81,7 +81,8 @@ class Patch(ABC):
 
     needs_weights  it can only lie on a model whose weights are in hand, not on one behind an endpoint
     mergeable      all that it changes are weights, so that a plain checkpoint can hold it
-    whole          how names of tensors of whole numbers end, after the last dot; all others hold fractions
+    whole          how names of tensors of whole numbers end, after the last dot; all others hold fractions, in float32
+    exact          how names of tensors begin that may hold fractions in float64; None if there are none
     """
 
     kind: ClassVar[str]
@@ -89,6 +90,7 @@ class Patch(ABC):
     needs_weights: ClassVar[bool] = True
     mergeable: ClassVar[bool] = False
     whole: ClassVar[frozenset[str]] = frozenset()
+    exact: ClassVar[str | None] = None
     provenance: Provenance
 
     @abstractmethod

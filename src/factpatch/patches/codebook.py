@@ -18,10 +18,16 @@ from factpatch.errors import BadPatch, WrongBase
 from factpatch.lm import LM
 from factpatch.lm.batches import by_rows, current_pass
 from factpatch.patches.base import Patch, Provenance
+from factpatch.patches.parts import Spec, linear_map
 
 __all__ = ["UNMOVED", "Codebook", "CodebookPatch", "Nearest", "nearest", "radii"]
 
 B = TypeVar("B", bound="Codebook")
+
+
+class _Spec(Spec):
+    site: str
+    labels: tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,15 +53,18 @@ class Codebook(Patch):
         """The codebooks of this kind that lie on one module, first to last."""
         return [patch for patch in lm.patches if isinstance(patch, cls) and patch.site == site]
 
-    def module(self, lm: LM, name: str) -> nn.Module:
-        """A module by name. Raises WrongBase."""
-        try:
-            return lm.model.get_submodule(name)
-        except AttributeError:
-            raise WrongBase(
-                f"the codebook belongs to {name}; {lm.name} has no such module.\n"
-                "  The patch's folder may be damaged; make it again with: factpatch edit"
-            ) from None
+    def module(self, lm: LM, name: str, *, reads: int, writes: int | None = None) -> nn.Module:
+        """A linear map by name, of these widths. Raises WrongBase."""
+        return linear_map(lm, name, "the codebook belongs to", reads=reads, writes=writes).module
+
+    def check_moved(self, lm: LM) -> None:
+        """Raise WrongBase unless radii are moved of as many entries as the codebooks beneath have."""
+        for book in self.on(lm, self.site):
+            if book.id in self.moved and len(self.moved[book.id]) != len(book.keys):
+                raise WrongBase(
+                    f"the codebook moves {len(self.moved[book.id])} radii of patch {book.id}, which has {len(book.keys)}.\n"
+                    "  The patch's folder may be damaged; make it again with: factpatch edit"
+                )
 
     def books(self: B, lm: LM) -> list[B]:
         """The codebooks of this kind on this site, first to last; itself alone while it is being laid on."""
@@ -88,15 +97,29 @@ class Codebook(Patch):
         return {"site": self.site, "labels": list(self.labels)}
 
     @staticmethod
-    def check_parts(spec: Mapping[str, Any], tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-        """The radii that are moved. Raises BadPatch unless the named tensors have as many rows as there are labels."""
-        counts = {len(tensors[name]) if name in tensors else None for name in names} | {len(spec.get("labels", ()))}
-        if len(counts) > 1 or "site" not in spec:
+    def check_parts(
+        spec: Mapping[str, Any], tensors: Mapping[str, Tensor], axes: Mapping[str, int]
+    ) -> tuple[str, tuple[str, ...], dict[str, Tensor]]:
+        """Site, labels, and the radii that are moved.
+
+        Raises BadPatch unless the named tensors have so many axes each, of which the first has as many rows as there are
+        labels.
+        """
+        read = _Spec.read(spec)
+        shapes = {name: tuple(tensors[name].shape) if name in tensors else () for name in axes}
+        if any(len(shapes[name]) != n or shapes[name][0] != len(read.labels) for name, n in axes.items()):
+            *most, last = axes
             raise BadPatch(
-                f"patch.safetensors: expected as many {', '.join(names[:-1])} and {names[-1]} as the codebook has labels.\n"
+                f"patch.safetensors: expected as many {', '.join(most)} and {last} as the codebook has labels.\n"
                 "  The file is damaged; make the patch again with: factpatch edit"
             )
-        return {name.removeprefix(_MOVED): t for name, t in tensors.items() if name.startswith(_MOVED)}
+        moved = {name.removeprefix(_MOVED): t for name, t in tensors.items() if name.startswith(_MOVED)}
+        if any(own.ndim != 1 for own in moved.values()):
+            raise BadPatch(
+                "patch.safetensors: radii that are no row of numbers.\n"
+                "  The file is damaged; make the patch again with: factpatch edit"
+            )
+        return read.site, read.labels, moved
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +141,8 @@ class CodebookPatch(Codebook):
     def attach(self, lm: LM) -> Callable[[], None]:
         """Hook onto the module; of several codebooks there, the uppermost acts for all."""
         self.check_base(lm)
+        self.check_moved(lm)
+        module = self.module(lm, self.site, reads=self.keys.shape[1], writes=self.values.shape[1])
 
         def act(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
             books = self.books(lm)
@@ -129,7 +154,7 @@ class CodebookPatch(Codebook):
             chosen = values.to(out.device, out.dtype)[hits.entry]
             return grid.index_put((hits.rows, hits.ends), chosen).reshape(out.shape)
 
-        handle = self.module(lm, self.site).register_forward_hook(act)
+        handle = module.register_forward_hook(act)
         return handle.remove
 
     def tensors(self) -> dict[str, Tensor]:
@@ -141,9 +166,9 @@ class CodebookPatch(Codebook):
         cls, provenance: Provenance, spec: Mapping[str, Any], tensors: Mapping[str, Tensor]
     ) -> CodebookPatch:
         """From what `spec` and `tensors` gave."""
-        moved = cls.check_parts(spec, tensors, ("keys", "values", "radii"))
-        keys, radii, labels = tensors["keys"], tensors["radii"], tuple(spec["labels"])
-        return CodebookPatch(provenance, spec["site"], keys, radii, labels, values=tensors["values"], moved=moved)
+        site, labels, moved = cls.check_parts(spec, tensors, {"keys": 2, "values": 2, "radii": 1})
+        keys, radii, values = tensors["keys"], tensors["radii"], tensors["values"]
+        return CodebookPatch(provenance, site, keys, radii, labels, values=values, moved=moved)
 
     def changes(self) -> list[dict[str, Any]]:
         """One row: the module."""

@@ -9,30 +9,26 @@ from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from factpatch.edits import first_problem
-from factpatch.errors import BadPatch
 from factpatch.lm import BaseLM
 from factpatch.lm.encoder import EncoderName, sentence_encoder
 from factpatch.patches.base import Patch, Provenance
+from factpatch.patches.parts import Spec
+from factpatch.words import counted
 
 __all__ = ["ContextPatch", "Note", "Recall"]
 
 
-class _Value(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Note(_Value):
+class Note(Spec):
     """Something to be read before a question, and what it is about: the text it is found by."""
 
     text: str
     topic: str
 
 
-class Recall(_Value):
+class Recall(Spec):
     """Which notes are read before a question: the `most` nearest in meaning, of those at least `threshold` similar.
 
     Similarity is the cosine of sentence vectors, from -1 to 1.
@@ -40,11 +36,11 @@ class Recall(_Value):
 
     encoder: EncoderName
     threshold: float
-    most: int
+    most: PositiveInt
 
 
-class _Spec(_Value):
-    notes: tuple[Note, ...]
+class _Spec(Spec):
+    notes: tuple[Note, ...] = Field(min_length=1)
     asking: str
     recall: Recall | None = None
 
@@ -112,14 +108,10 @@ class ContextPatch(Patch):
         tensors: Mapping[str, Tensor],  # noqa: ARG003
     ) -> ContextPatch:
         """From what `spec` gave."""
-        try:
-            read = _Spec.model_validate(spec)
-        except ValidationError as error:
-            field, problem = first_problem(error)
-            raise BadPatch(f'patch.json, "spec.{field}": {problem}\n  Make the patch again: factpatch edit') from None
+        read = _Spec.read(spec)
         return ContextPatch(provenance, read.notes, read.asking, read.recall)
 
     def changes(self) -> list[dict[str, Any]]:
         """One row: the prompt."""
         which = "all" if self.recall is None else f"up to {self.recall.most} by meaning"
-        return [{"part": "what is asked", "form": f"{len(self.notes)} notes before it, {which}"}]
+        return [{"part": "what is asked", "form": f"{counted(len(self.notes), 'note')} before it, {which}"}]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from factpatch.errors import BadPatch
 
-__all__ = ["Delta", "Dense", "LowRank", "Sparse", "deltas_of", "tensors_of"]
+__all__ = ["Delta", "Dense", "LowRank", "Sparse", "deltas_of", "joinable", "tensors_of"]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -97,7 +97,7 @@ class Dense:
 class Sparse:
     """A change of some entries of a matrix; the others stay as they are.
 
-    places  their numbers, counted along rows
+    places  their numbers, counted along rows, from the least on
     size    of the matrix: rows, columns
     """
 
@@ -119,10 +119,14 @@ class Sparse:
 
     @property
     def fits(self) -> bool:
-        """Whether it is a matrix, with a value for each place, and every place in it."""
-        if len(self.size) != 2 or len(self.places) != len(self.values) or bool((self.size < 1).any()):
+        """Whether it is a matrix, with a value for each place, every place in it and none there twice."""
+        if self.size.shape != (2,) or self.places.ndim != 1 or self.places.shape != self.values.shape:
             return False
-        return bool(((self.places >= 0) & (self.places < self.shape.numel())).all())
+        rows, cols = self.size.tolist()
+        if rows < 1 or cols < 1 or not len(self.places):
+            return bool(rows > 0 and cols > 0)
+        first, last = int(self.places[0]), int(self.places[-1])
+        return first >= 0 and last < rows * cols and bool((self.places[1:] > self.places[:-1]).all())
 
     @property
     def T(self) -> Sparse:  # noqa: N802
@@ -171,7 +175,7 @@ def deltas_of(tensors: Mapping[str, Tensor]) -> dict[str, Delta]:
     deltas: dict[str, Delta] = {}
     for name, parts in grouped.items():
         form = _FORMS.get(frozenset(parts))
-        if form is None or ("u" in parts and not _joinable(parts["u"], parts["v"])):
+        if form is None or ("u" in parts and not joinable(parts["u"], parts["v"])):
             shapes = {part: tuple(t.shape) for part, t in parts.items()}
             raise BadPatch(
                 f"patch.safetensors: {name} has {shapes}; expected u (rows, rank) with v (rank, cols), or dense.\n"
@@ -186,5 +190,6 @@ def deltas_of(tensors: Mapping[str, Tensor]) -> dict[str, Delta]:
     return deltas
 
 
-def _joinable(u: Tensor, v: Tensor) -> bool:
+def joinable(u: Tensor, v: Tensor) -> bool:
+    """Whether these are two matrices that can be multiplied."""
     return u.ndim == v.ndim == 2 and u.shape[1] == v.shape[0]

@@ -7,6 +7,7 @@ so a file that was damaged, swapped or half copied is refused before it can reac
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -14,18 +15,24 @@ from pkgutil import iter_modules
 from typing import Any
 
 import safetensors
+import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from factpatch.edits import first_problem
 from factpatch.errors import BadPatch
-from factpatch.files import sha256_of, whole_folder
+from factpatch.files import parse_json, read_whole, sha256_of, whole_folder
 from factpatch.lm.cache import save_tensors
 from factpatch.patches.base import Patch, Provenance
 
 __all__ = ["FORMAT", "load_patch", "save_patch"]
 
 FORMAT = 1
+MOST = 1 << 26
+"""Bytes of a patch.json that are read, at most: some ten thousand edits with all their probes."""
+DEEPEST = 64
+"""Lists and objects within one another in a patch.json."""
 _AGAIN = "Copy the whole folder again from where it was made, or make the patch again: factpatch edit"
 
 
@@ -61,37 +68,62 @@ def load_patch(folder: Path) -> Patch:
         )
     expected, claimed = described.pop("tensors_sha256", ""), described.pop("id", "")
     spec = described.pop("spec", {})
-    path = folder / kind.tensor_file
-    if not path.is_file():
-        raise BadPatch(f"{path}: missing.\n  {_AGAIN}")
-    if sha256_of(path) != expected:
-        raise BadPatch(
-            f"{path}: damaged, or not the file that patch.json was written with (SHA-256 differs).\n  {_AGAIN}"
-        )
+    tensors = _read_tensors(folder / kind.tensor_file, expected, kind)
     try:
         provenance = Provenance.model_validate(described)
-        tensors = load_file(path)
     except ValidationError as error:
         field, problem = first_problem(error)
         raise BadPatch(f'{folder / "patch.json"}, "{field}": {problem}\n  {_AGAIN}') from None
-    except safetensors.SafetensorError as error:
-        raise BadPatch(f"{path}: not a safetensors file ({error}).\n  {_AGAIN}") from None
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise BadPatch(f"{path}: {name} holds values that are not finite.\n  {_AGAIN}")
-        if tensor.is_floating_point() == (name.rpartition(".")[2] in kind.whole):
-            raise BadPatch(f"{path}: {name} is of type {tensor.dtype}, which it cannot be.\n  {_AGAIN}")
     try:
         patch = kind.from_parts(provenance, spec, tensors)
+        found = patch.id
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         # What is wrong with parts that fit neither one another nor their kind cannot be foreseen in full.
         told = str(error).strip().partition("\n")[0] or type(error).__name__
         raise BadPatch(f"{folder}: its parts do not make a {kind.kind} patch ({told}).\n  {_AGAIN}") from None
-    if patch.id != claimed:
+    # Nothing is passed over: what a kind does not know of it would neither use nor count into the id.
+    if _shapes(patch.tensors()) != _shapes(tensors):
         raise BadPatch(
-            f"{folder / 'patch.json'}: was changed after it was written (id {claimed} is now {patch.id}).\n  {_AGAIN}"
+            f"{folder / kind.tensor_file}: holds tensors that are no part of a {kind.kind} patch.\n  {_AGAIN}"
+        )
+    if found != claimed:
+        raise BadPatch(
+            f"{folder / 'patch.json'}: was changed after it was written (id {claimed} is now {found}).\n  {_AGAIN}"
         )
     return patch
+
+
+def _read_tensors(path: Path, sha256: object, kind: type[Patch]) -> dict[str, Tensor]:
+    """Finite numbers of the types a patch may hold, from a file with this SHA-256. Raises BadPatch."""
+    if not path.is_file():
+        raise BadPatch(f"{path}: missing.\n  {_AGAIN}")
+    try:
+        if sha256_of(path) != sha256:
+            raise BadPatch(
+                f"{path}: damaged, or not the file that patch.json was written with (SHA-256 differs).\n  {_AGAIN}"
+            )
+        tensors = load_file(path)
+    except (safetensors.SafetensorError, LookupError, OSError, TypeError, ValueError) as error:
+        raise BadPatch(f"{path}: not a safetensors file that can be read ({error}).\n  {_AGAIN}") from None
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _types(kind, name):
+            raise BadPatch(f"{path}: {name} is of type {tensor.dtype}, which it cannot be.\n  {_AGAIN}")
+        if not tensor.isfinite().all():
+            raise BadPatch(f"{path}: {name} holds values that are not finite.\n  {_AGAIN}")
+    return tensors
+
+
+def _types(kind: type[Patch], name: str) -> tuple[torch.dtype, ...]:
+    """What a tensor of this name may hold."""
+    if name.rpartition(".")[2] in kind.whole:
+        return torch.int32, torch.int64
+    if kind.exact is not None and name.startswith(kind.exact):
+        return torch.float32, torch.float64
+    return (torch.float32,)
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
 def _kinds() -> dict[str, type[Patch]]:
@@ -110,20 +142,30 @@ def _under(kind: type[Any]) -> set[type[Patch]]:
 
 def _read_json(folder: Path) -> dict[str, Any]:
     path = folder / "patch.json"
-    if (folder / "editor.json").is_file():
+    try:
+        is_editor, is_patch = ((folder / name).is_file() for name in ("editor.json", "patch.json"))
+    except OSError as error:  # such as a name too long for a file
+        raise BadPatch(f"{folder}: cannot be read ({error.strerror}).\n  Name a folder that you may read.") from None
+    if is_editor:
         raise BadPatch(
             f"{folder}: a trained editor, not a patch.\n"
             f"  Make a patch with it: factpatch edit --method METHOD --set editor={folder}"
         )
-    if not path.is_file():
+    if not is_patch:
         raise BadPatch(
             f"{folder}: not a patch; expected a folder with patch.json and patch.safetensors.\n"
             "  Name the folder given to --out when the patch was made."
         )
     try:
-        described = json.loads(path.read_text(encoding="utf-8"))
+        described = parse_json(read_whole(path, MOST).decode("utf-8"))
     except (ValueError, OSError) as error:
         raise BadPatch(f"{path}: not JSON ({error}).\n  {_AGAIN}") from None
+    if _depth(described) > DEEPEST:
+        raise BadPatch(f"{path}: nested deeper than {DEEPEST} levels, as no patch is.\n  {_AGAIN}")
+    try:
+        json.dumps(described, ensure_ascii=False).encode("utf-8")
+    except ValueError:  # half of a surrogate pair can be written down in JSON, and is no text
+        raise BadPatch(f"{path}: holds half a letter, which no text may.\n  {_AGAIN}") from None
     if not isinstance(described, dict):
         raise BadPatch(f"{path}: expected an object.\n  {_AGAIN}")
     if described.pop("format", None) != FORMAT:
@@ -131,3 +173,15 @@ def _read_json(folder: Path) -> dict[str, Any]:
             f"{path}: written in another format than {FORMAT}, the one this factpatch reads.\n  Update factpatch."
         )
     return described
+
+
+def _depth(value: Any) -> int:
+    """How many lists and objects lie within one another; counted no further than is allowed."""
+    depth, level = 0, [value]
+    while depth <= DEEPEST and (level := [inner for each in level for inner in _inside(each)]):
+        depth += 1
+    return depth
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()

@@ -25,7 +25,8 @@ def check_mergeable(patches: Sequence[Attachable]) -> None:
             )
             raise PatchError(
                 f"patch {name} is not a change of weights and cannot be merged into them.\n"
-                "  Leave it out, and lay it on the merged model where that runs."
+                "  Leave it out, and lay it on the merged model where that runs; or make the edit anew as a change of weights: "
+                "factpatch edit --require mergeable"
             )
 
 

@@ -12,8 +12,14 @@ from torch import Tensor, nn
 from factpatch.errors import BadPatch, WrongBase
 from factpatch.lm import LM
 from factpatch.patches.base import Patch, Provenance
+from factpatch.patches.parts import Spec, is_beside, linear_map
 
 __all__ = ["NeuronPatch", "fired"]
+
+
+class _Spec(Spec):
+    reads: str
+    writes: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,13 +40,13 @@ class NeuronPatch(Patch):
     def attach(self, lm: LM) -> Callable[[], None]:
         """Hook onto both modules."""
         self.check_base(lm)
-        try:
-            reading, writing = (lm.model.get_submodule(name) for name in (self.reads, self.writes))
-        except AttributeError:
+        reading = linear_map(lm, self.reads, "the neurons lie beside", reads=self.keys.shape[1]).module
+        writing = linear_map(lm, self.writes, "the neurons lie beside", writes=self.values.shape[1]).module
+        if not is_beside(lm, self.reads, self.writes):
             raise WrongBase(
-                f"the neurons lie beside {self.reads} and {self.writes}; {lm.name} has no such modules.\n"
-                "  The patch's folder may be damaged; make it again with: factpatch edit"
-            ) from None
+                f"the neurons lie beside {self.reads} and {self.writes}; in {lm.name} these are not the ways into and out "
+                "of one MLP.\n  The patch's folder may be damaged; make it again with: factpatch edit"
+            )
         seen: list[Tensor] = []
 
         def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -70,15 +76,14 @@ class NeuronPatch(Patch):
     @classmethod
     def from_parts(cls, provenance: Provenance, spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> NeuronPatch:
         """From what `spec` and `tensors` gave."""
-        names = ("keys", "biases", "values")
-        if {"reads", "writes"} - set(spec) or len({len(tensors[n]) if n in tensors else None for n in names}) > 1:
+        read = _Spec.read(spec)
+        shapes = [tuple(tensors[name].shape) if name in tensors else () for name in ("keys", "biases", "values")]
+        if [len(shape) for shape in shapes] != [2, 1, 2] or len({shape[0] for shape in shapes}) > 1:
             raise BadPatch(
                 "patch.safetensors: expected as many keys, biases and values, and where they lie.\n"
                 "  The file is damaged; make the patch again with: factpatch edit"
             )
-        return NeuronPatch(
-            provenance, spec["reads"], spec["writes"], tensors["keys"], tensors["biases"], tensors["values"]
-        )
+        return NeuronPatch(provenance, read.reads, read.writes, tensors["keys"], tensors["biases"], tensors["values"])
 
     def changes(self) -> list[dict[str, Any]]:
         """One row: the MLP."""

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from factpatch.errors import BadPatch, WrongBase
+from factpatch.errors import BadPatch
 from factpatch.lm import LM, BaseLM
 from factpatch.lm.batches import Pass, by_rows, current_pass
 from factpatch.lm.encoder import sentence_encoder
@@ -21,7 +21,9 @@ from factpatch.lm.hooks import replacing_output
 from factpatch.lm.model import raw_bytes
 from factpatch.patches.base import Provenance
 from factpatch.patches.context import ContextPatch, Note
-from factpatch.patches.delta import LowRank, tensors_of
+from factpatch.patches.delta import LowRank, joinable, tensors_of
+from factpatch.patches.parts import linear_map
+from factpatch.words import counted
 
 __all__ = ["RoutedPatch", "Scope"]
 
@@ -66,13 +68,10 @@ class RoutedPatch(ContextPatch):
         """Add itself to the model's contexts, and hook onto the adapter's modules."""
         self.check_base(lm)
         assert isinstance(lm, LM), "it was made on one"
-        modules = dict(lm.model.named_modules())
-        missing = [name for name in self.adapter if name not in modules]
-        if missing:
-            raise WrongBase(
-                f"the adapter belongs to {missing[0]}; {lm.name} has no such module.\n"
-                "  The patch's folder may be damaged; make it again with: factpatch edit"
-            )
+        modules = {
+            name: linear_map(lm, name, "the adapter belongs to", reads=change.shape[1], writes=change.shape[0]).module
+            for name, change in self.adapter.items()
+        }
         router = _Router(self, lm)
         lm.contexts.append(router)
         with ExitStack() as stack:
@@ -86,6 +85,11 @@ class RoutedPatch(ContextPatch):
         """The probability that each prompt is in the scope of each note's edit."""
         assert self.recall is not None
         asked = sentence_encoder(self.recall.encoder).embed(prompts)
+        if 2 * asked.shape[1] != self.scope.hidden.shape[1]:
+            raise BadPatch(
+                f"the classifier reads {self.scope.hidden.shape[1]} numbers of two texts; the encoder {self.recall.encoder} "
+                f"gives {asked.shape[1]} of each.\n  The patch's folder may be damaged; make it again with: factpatch edit"
+            )
         shape = (len(prompts), *self._topics.shape)
         return self.scope.logits(self._topics[None].expand(shape), asked[:, None].expand(shape)).sigmoid()
 
@@ -111,18 +115,33 @@ class RoutedPatch(ContextPatch):
         """From what `spec` and `tensors` gave."""
         read = ContextPatch.from_parts(provenance, spec, {})
         try:
-            scope = Scope(**{name: tensors[f"{_SCOPE}{name}"] for name in Scope.__dataclass_fields__})
+            network = {name: tensors[f"{_SCOPE}{name}"] for name in Scope.__dataclass_fields__}
             names = {key.rpartition(".")[0] for key in tensors if not key.startswith(_SCOPE)}
-            adapter = {name: LowRank(tensors[f"{name}.u"], tensors[f"{name}.v"]) for name in sorted(names)}
+            pairs = {name: (tensors[f"{name}.u"], tensors[f"{name}.v"]) for name in sorted(names)}
         except KeyError as error:
             raise BadPatch(
                 f"patch.safetensors: {error} is missing.\n  The file is damaged; make the patch again with: factpatch edit"
             ) from None
+        shapes = [tuple(tensor.shape) for tensor in network.values()]
+        units = shapes[0][:1]
+        if (
+            [len(shapes[0]), *shapes[1:]] != [2, units, units, ()]
+            or not all(joinable(*pair) for pair in pairs.values())
+            or read.recall is None
+        ):
+            raise BadPatch(
+                "patch.safetensors: a classifier or an adapter whose matrices cannot be multiplied, or nothing to recall.\n"
+                "  The file is damaged; make the patch again with: factpatch edit"
+            )
+        scope, adapter = Scope(**network), {name: LowRank(*pair) for name, pair in pairs.items()}
         return RoutedPatch(provenance, read.notes, read.asking, read.recall, scope=scope, adapter=adapter)
 
     def changes(self) -> list[dict[str, Any]]:
         """The prompt, and the adapter of the second model."""
-        notes = {"part": "what is asked", "form": f"up to 1 of {len(self.notes)} notes before it, where in scope"}
+        notes = {
+            "part": "what is asked",
+            "form": f"up to 1 of {counted(len(self.notes), 'note')} before it, where in scope",
+        }
         form = f"where a note is: an adapter on {len(self.adapter)} modules"
         return [notes, {"part": "the second model", "form": form}] if self.adapter else [notes]
 

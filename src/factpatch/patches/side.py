@@ -8,15 +8,29 @@ from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
-from factpatch.errors import BadPatch, WrongBase
+from factpatch.errors import BadPatch
 from factpatch.lm import LM
 from factpatch.lm.batches import by_rows, current_pass
 from factpatch.patches.base import Patch, Provenance
-from factpatch.patches.delta import Sparse, tensors_of
+from factpatch.patches.delta import Sparse, deltas_of, tensors_of
+from factpatch.patches.parts import Spec, linear_map
 
 __all__ = ["SideMemory", "SidePatch", "memories", "routing_activation"]
+
+
+class _Memory(Spec):
+    least: NonNegativeFloat
+    edits: PositiveInt
+
+
+class _Spec(Spec):
+    site: str
+    ratio: NonNegativeFloat
+    merged: bool
+    memories: dict[NonNegativeInt, _Memory]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,14 +75,11 @@ class SidePatch(Patch):
     def attach(self, lm: LM) -> Callable[[], None]:
         """Hook onto the module; of several patches there, the uppermost acts for all."""
         self.check_base(lm)
-        module: nn.Module | None = dict(lm.model.named_modules()).get(self.site)
-        weight = getattr(module, "weight", None)
-        shapes = {tuple(sorted(memory.change.shape)) for memory in self.added.values()}
-        if module is None or weight is None or shapes - {tuple(sorted(weight.shape))}:
-            raise WrongBase(
-                f"the side memory belongs to {self.site}; {lm.name} has no such matrix.\n"
-                "  The patch's folder may be damaged; make it again with: factpatch edit"
-            )
+        belongs = "the side memory belongs to"
+        module = linear_map(lm, self.site, belongs, kind="matrix").module
+        for memory in self.added.values():
+            out, width = memory.change.shape
+            linear_map(lm, self.site, belongs, reads=width, writes=out)
         activation = lm.anatomy.activation
         held: list[tuple[Float[Tensor, "out in"], float]] = []
 
@@ -129,17 +140,20 @@ class SidePatch(Patch):
     @classmethod
     def from_parts(cls, provenance: Provenance, spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SidePatch:
         """From what `spec` and `tensors` gave."""
-        try:
-            added = {}
-            for number, known in spec["memories"].items():
-                part = {name: tensors[f"{number}.{name}"] for name in ("places", "values", "size")}
-                added[int(number)] = SideMemory(Sparse(**part), float(known["least"]), int(known["edits"]))
-            return SidePatch(provenance, spec["site"], float(spec["ratio"]), bool(spec["merged"]), added)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        read, deltas = _Spec.read(spec), deltas_of(tensors)
+        if set(deltas) != {str(number) for number in read.memories} or not all(
+            isinstance(delta, Sparse) for delta in deltas.values()
+        ):
             raise BadPatch(
-                f"patch.json, spec: does not fit the tensors beside it ({error}).\n"
+                f"patch.json, spec: tells of memories {sorted(read.memories)}, which does not fit the tensors beside it.\n"
                 "  The folder is damaged; make the patch again with: factpatch edit"
-            ) from None
+            )
+        added = {}
+        for number, known in read.memories.items():
+            change = deltas[str(number)]
+            assert isinstance(change, Sparse)
+            added[number] = SideMemory(change, known.least, known.edits)
+        return SidePatch(provenance, read.site, read.ratio, read.merged, added)
 
     def changes(self) -> list[dict[str, Any]]:
         """One row for each memory."""

@@ -12,12 +12,13 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from factpatch.errors import BadPatch
+from factpatch.errors import BadPatch, WrongBase
 from factpatch.lm import LM
 from factpatch.lm.batches import by_rows, current_pass
 from factpatch.lm.hooks import reading, replacing_output
 from factpatch.patches.base import Provenance
 from factpatch.patches.codebook import Codebook
+from factpatch.patches.parts import block_of
 
 __all__ = ["SlicePatch", "Slices"]
 
@@ -52,8 +53,16 @@ class SlicePatch(Codebook):
     def attach(self, lm: LM) -> Callable[[], None]:
         """Hook onto the site, where entries are looked up, and onto the modules; the uppermost patch there acts for all."""
         self.check_base(lm)
-        site = self.module(lm, self.site)
-        modules = {name: self.module(lm, name) for name in self.slices}
+        self.check_moved(lm)
+        site = self.module(lm, self.site, reads=self.keys.shape[1])
+        modules = {
+            name: self.module(lm, name, reads=s.v.shape[2], writes=s.u.shape[1]) for name, s in self.slices.items()
+        }
+        if any(block_of(lm, name) <= block_of(lm, self.site) for name in modules):
+            raise WrongBase(
+                f"the slices must lie in blocks above that of {self.site}, which turns them on.\n"
+                "  The patch's folder may be damaged; make it again with: factpatch edit"
+            )
         turned_on: list[Tensor] = []  # the entry of each row, -1 for none, while the model is called by itself
 
         def look(read: Tensor, _: Tensor) -> None:
@@ -99,24 +108,16 @@ class SlicePatch(Codebook):
     def from_parts(cls, provenance: Provenance, spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SlicePatch:
         """From what `spec` and `tensors` gave."""
         names = sorted(key.removesuffix(".u") for key in tensors if key.endswith(".u"))
-        parts = [f"{name}.{part}" for name in names for part in ("u", "v")]
-        moved = cls.check_parts(spec, tensors, ("keys", "radii", *parts))
+        axes = {f"{name}.{part}": 3 for name in names for part in ("u", "v")}
+        site, labels, moved = cls.check_parts(spec, tensors, {"keys": 2, "radii": 1, **axes})
         pairs = {name: (tensors[f"{name}.u"], tensors[f"{name}.v"]) for name in names}
-        if any(u.ndim != 3 or v.ndim != 3 or u.shape[2] != v.shape[1] for u, v in pairs.values()):
+        if any(u.shape[2] != v.shape[1] for u, v in pairs.values()):
             raise BadPatch(
                 "patch.safetensors: slices that cannot be multiplied.\n"
                 "  The file is damaged; make the patch again with: factpatch edit"
             )
         slices = {name: Slices(*pair) for name, pair in pairs.items()}
-        return SlicePatch(
-            provenance,
-            spec["site"],
-            tensors["keys"],
-            tensors["radii"],
-            tuple(spec["labels"]),
-            slices=slices,
-            moved=moved,
-        )
+        return SlicePatch(provenance, site, tensors["keys"], tensors["radii"], labels, slices=slices, moved=moved)
 
     def changes(self) -> list[dict[str, Any]]:
         """The site, and each module."""

@@ -10,13 +10,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from factpatch.errors import WrongBase
+from factpatch.errors import BadPatch, WrongBase
 from factpatch.lm import LM
 from factpatch.lm.anatomy import Projection
 from factpatch.patches.base import Patch, Provenance
 from factpatch.patches.delta import Delta, Dense, LowRank, deltas_of, tensors_of
+from factpatch.patches.parts import Spec
 
-__all__ = ["WeightPatch", "point"]
+__all__ = ["WeightPatch", "check_finite", "point"]
 
 
 _STATE = "state:"
@@ -33,6 +34,7 @@ class WeightPatch(Patch):
     kind: ClassVar[str] = "weight"
     mergeable: ClassVar[bool] = True
     whole: ClassVar[frozenset[str]] = frozenset({"places", "size"})
+    exact: ClassVar[str | None] = _STATE
     deltas: Mapping[str, Delta]
     state: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -56,6 +58,7 @@ class WeightPatch(Patch):
                     "  The patch's folder may be damaged; make it again with: factpatch edit"
                 )
         changed = {name: _plus(parameters[name].data, delta) for name, delta in self.deltas.items()}
+        check_finite(changed, lm)
         kept = {name: parameters[name].data for name in self.deltas}
         point(parameters, changed)
         return partial(point, parameters, kept)
@@ -68,11 +71,16 @@ class WeightPatch(Patch):
     def from_parts(
         cls,
         provenance: Provenance,
-        spec: Mapping[str, Any],  # noqa: ARG003
+        spec: Mapping[str, Any],
         tensors: Mapping[str, Tensor],
     ) -> WeightPatch:
         """Group tensors by parameter."""
+        Spec.read(spec)
         deltas = deltas_of({key: tensor for key, tensor in tensors.items() if not key.startswith(_STATE)})
+        if not deltas:
+            raise BadPatch(
+                "patch.safetensors: changes no weight.\n  The file is damaged; make the patch again with: factpatch edit"
+            )
         state = {key.removeprefix(_STATE): tensor for key, tensor in tensors.items() if key.startswith(_STATE)}
         return WeightPatch(provenance, deltas, state)
 
@@ -100,6 +108,17 @@ def _plus(weight: Tensor, delta: Delta) -> Tensor:
     """The sum in float32, rounded once to the weight's type, without a copy of the weight in float32."""
     full = delta.full().to(weight.device, torch.float32)
     return torch.add(weight, full, out=torch.empty_like(weight))
+
+
+def check_finite(changed: Mapping[str, Tensor], lm: LM) -> None:
+    """Raise BadPatch if a weight would hold what is no number: finite changes may add up or multiply to more than it holds."""
+    for name, weight in changed.items():
+        ends = torch.stack(weight.aminmax())  # asking each number would take a copy of the weight
+        if not ends.isfinite().all():
+            raise BadPatch(
+                f"the patch would give {name} of {lm.name} values that are not finite.\n"
+                "  Its changes are too great for this model and those beneath; make it again with: factpatch edit"
+            )
 
 
 def point(parameters: Mapping[str, Tensor], at: Mapping[str, Tensor]) -> None:

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from datetime import date
-from importlib import import_module
-from importlib.metadata import version
-from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from factpatch.analysis.audit_result import LEVEL, Audit, Recall
-from factpatch.analysis.audit_words import NAMES, fact_verdict, verdict
-from factpatch.errors import MissingExtra
+from factpatch.analysis.audit_words import NAMES, fact_verdict, not_tried, verdict
 from factpatch.files import make_folder, whole_file
 from factpatch.report import plots
 from factpatch.report.picture import save_picture
+from factpatch.report.template import markdown_table, rendered
+from factpatch.words import counted
 
 __all__ = ["as_html", "as_json", "as_markdown", "recall_bars", "recall_curves", "save_audit"]
 
@@ -47,20 +43,11 @@ def as_markdown(audit: Audit) -> str:
     lines = [f"# {TITLE}: {audit.model}", ""]
     for text in verdict(audit):
         lines += [text, ""]
-    heads = _heads(audit)
+    lines += ["Not tried:", "", *(f"- {text}" for text in not_tried(audit)), ""]
     lines += ["## Attacks", "", _about_numbers(audit), ""]
-    lines += [f"| {' | '.join(heads)} |", "| --- |" + " ---: |" * (len(heads) - 1)]
-    lines += [f"| {' | '.join(cells)} |" for cells in _rows(audit)]
-    lines += [
-        "",
-        "## Facts",
-        "",
-        "| fact | asked | old answer | new answer | verdict |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for fact in audit.facts:
-        cells = (fact.id, fact.prompt, fact.secret[0], fact.new, fact_verdict(audit, fact.id))
-        lines.append(f"| {' | '.join(_plain(cell) for cell in cells)} |")
+    lines += [*markdown_table(_heads(audit), _rows(audit)), "", "## Facts", ""]
+    rows = [(fact.id, fact.prompt, fact.secret[0], fact.new, fact_verdict(audit, fact.id)) for fact in audit.facts]
+    lines += markdown_table(("fact", "asked", "old answer", "new answer", "verdict"), rows, numbers=False)
     lines += ["", "## How it was attacked", ""]
     lines += [f"- {info.title} (needs the model's {info.access}): {info.about}" for info in audit.attacks]
     lines += ["", *(f"- {name}: {value}" for name, value in _about(audit).items())]
@@ -69,24 +56,13 @@ def as_markdown(audit: Audit) -> str:
 
 def as_html(audit: Audit) -> str:
     """One self-contained page, which loads nothing from anywhere. Raises MissingExtra without Jinja or Matplotlib."""
-    try:
-        jinja: Any = import_module("jinja2")
-    except ImportError:
-        raise MissingExtra(
-            "A page needs Jinja, which is not installed.\n  Install it: pip install 'factpatch[report]'"
-        ) from None
-    environment = jinja.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja.StrictUndefined
-    )
-    own_files = files("factpatch.report")
-    template = environment.from_string(own_files.joinpath("page.audit.html").read_text(encoding="utf-8"))
     head, *rest = verdict(audit)
-    text: str = template.render(
+    return rendered(
+        "page.audit.html",
         title=f"{TITLE}: {audit.model}",
-        style=own_files.joinpath("page.css").read_text(encoding="utf-8"),
-        script=own_files.joinpath("page.js").read_text(encoding="utf-8"),
         headline=head,
         verdict=rest,
+        not_tried=not_tried(audit),
         recovered=audit.recovered or audit.in_doubt,
         about=_about(audit),
         about_numbers=_about_numbers(audit),
@@ -100,36 +76,19 @@ def as_html(audit: Audit) -> str:
             ("Found, by attack", "Beside it the share of decoys found: what chance would find.", recall_bars(audit)),
             (
                 "Found within a budget",
-                "The audited model; the more candidates, the more is found.",
+                "After the patches; the more candidates, the more is found.",
                 recall_curves(audit),
             ),
         ],
-        made=f"factpatch {version('factpatch')}, {date.today()}",
     )
-    return text
 
 
 def recall_bars(audit: Audit) -> str:
     """For each attack a bar for each model, and one for the decoys on the audited one; an SVG text."""
-    names = _titles(audit)
-    kinds = [*(NAMES[state] for state in audit.states), DECOYS]
-    thick = 0.8 / len(kinds)
-    with plots.figure(1.3 + 0.14 * len(names) * (len(kinds) + 1), "Old answers found, by attack", 7.0) as (axes, drawn):
-        for k, kind in enumerate(kinds):
-            places = [i + (k - (len(kinds) - 1) / 2) * thick for i in range(len(names))]
-            axes.barh(
-                places,
-                [_shares(audit, name)[kind] for name in names],
-                height=thick * 0.92,
-                color=plots.colour(k),
-                label=kind,
-            )
-        axes.set_yticks(range(len(names)), list(names.values()))
-        axes.invert_yaxis()
-        axes.grid(visible=False, axis="y")
-        axes.set(xlabel=f"share of old answers among {audit.budget} candidates", xlim=(0, 1))
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, frameon=False, fontsize=8.5)
-    return drawn[0]
+    shares = {title: _shares(audit, name) for name, title in _titles(audit).items()}
+    bars = {title: {kind: (share, None) for kind, share in own.items()} for title, own in shares.items()}
+    x = f"share of old answers among {audit.budget} candidates"
+    return plots.grouped_bars(bars, x, "Old answers found, by attack", width=7.0, columns=4)
 
 
 def recall_curves(audit: Audit) -> str:
@@ -137,14 +96,10 @@ def recall_curves(audit: Audit) -> str:
     with plots.figure(4.2, "Old answers found within a budget", 7.0) as (axes, drawn):
         for i, (name, title) in enumerate(_titles(audit).items()):
             found = [audit.recall("after", name, budget).share or 0.0 for budget in audit.budgets]
-            mark = plots.MARKS[i % len(plots.MARKS)]
-            axes.plot(
-                audit.budgets, found, color=plots.colour(i), marker=mark, markersize=5,
-                linewidth=2.4 if name is None else 1.4, label=title,
-            )  # fmt: skip
-        axes.set_xscale("log")
-        axes.set_xticks(audit.budgets, [str(budget) for budget in audit.budgets], minor=False)
-        axes.set_xticks([], minor=True)
+            # One attack alone may find as much as all: their line lies wide and pale beneath it.
+            style = {"linewidth": 6.0, "alpha": 0.35, "markersize": 9, "zorder": 1.5} if name is None else {"zorder": 3}
+            axes.plot(audit.budgets, found, **plots.marked(i) | style, label=title)
+        plots.counted(axes, audit.budgets)
         axes.set(xlabel="candidates of each attack", ylabel="share of old answers found", ylim=(-0.03, 1.05))
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8.5)
     return drawn[0]
@@ -215,17 +170,13 @@ def _about(audit: Audit) -> dict[str, str]:
         or "none: the model itself is audited",
         "Control": audit.control or "none",
         "Budget": f"{audit.budget} candidates for each attack and fact",
-        "Decoys": f"{sum(len(fact.decoys) for fact in audit.facts)} for {len(audit.facts)} facts",
+        "Decoys": f"{sum(len(fact.decoys) for fact in audit.facts)} for {counted(len(audit.facts), 'fact')}",
         "Asked": "in the chat template" if audit.chat else "plainly",
         "Seed": str(audit.seed),
         "Packages": ", ".join(f"{name} {number}" for name, number in audit.versions.items()),
     }
     untold = sum(not fact.told for fact in audit.facts)
     if untold:
-        found["Old answers"] = f"{untold} were not told, and are the first words of what the model said before"
+        which = "1 was not told, and is" if untold == 1 else f"{untold} were not told, and are"
+        found["Old answers"] = f"{which} the first words of what the model said before"
     return found
-
-
-def _plain(text: str) -> str:
-    """On one line, and no column of its own."""
-    return " ".join(text.split()).replace("|", "\\|")

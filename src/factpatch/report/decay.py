@@ -9,8 +9,7 @@ from typing import Any
 
 from factpatch.analysis.decay import Break, Decay, Look, Rule, breaks
 from factpatch.report.picture import Cell
-from factpatch.report.plots import INK, colour, figure
-from factpatch.report.weights import legend_above, marked
+from factpatch.report.plots import INK, colour, counted, figure, legend_above, marked, scaled
 from factpatch.scoring import ProtocolName
 
 __all__ = ["Picture", "decay_pictures", "decay_rows"]
@@ -48,9 +47,14 @@ def decay_pictures(decays: Mapping[str, Decay], rule: Rule | None = None) -> lis
         pictures.append(_ages(decays, protocol))
         for score, label in _SCORES.items():
             pictures.append(_score(decays, protocol, score, label))
-    pictures.append(_perplexity(decays, rule))
-    pictures.append(_norm(decays))
-    pictures.append(_canaries(decays, rule))
+    ratio = "perplexity, times the unedited"
+    title = "Perplexity on neutral texts in sequence"
+    pictures.append(_vital(decays, "perplexity", "perplexity_ratio", ratio, title, rule.max_perplexity, log=True))
+    title = "Growth of the weights' change in sequence"
+    pictures.append(_vital(decays, "norm", "norm", "‖change‖ / ‖weights‖ (Frobenius)", title, log=True))
+    kept = "share of known answers kept"
+    title = "Guard questions in sequence"
+    pictures.append(_vital(decays, "guard", "canaries_kept", kept, title, rule.min_canaries, log=False))
     return [picture for picture in pictures if picture is not None]
 
 
@@ -173,46 +177,12 @@ def _score(decays: Mapping[str, Decay], protocol: ProtocolName, score: str, labe
         _counts(axes, decays)
         axes.set(ylabel=label)
         if score == "fluency":
-            axes.set_ylim(bottom=0)
+            most = max(value for line in lines.values() for _, value in _known(line))
+            axes.set_ylim(0, 1.08 * most or 1)
         else:
             axes.set(ylabel=f"{label} (0 to 1)", ylim=(-0.04, 1.05))
         legend_above(axes, 4)
     return Picture(f"{score}-{protocol}", drawn[0], rows)
-
-
-def _perplexity(decays: Mapping[str, Decay], rule: Rule) -> Picture | None:
-    return _vital(
-        decays,
-        "perplexity",
-        "perplexity_ratio",
-        "perplexity, times the unedited",
-        "Perplexity on neutral texts in sequence",
-        rule.max_perplexity,
-        log=True,
-    )
-
-
-def _norm(decays: Mapping[str, Decay]) -> Picture | None:
-    return _vital(
-        decays,
-        "norm",
-        "norm",
-        "‖change‖ / ‖weights‖ (Frobenius)",
-        "Growth of the weights' change in sequence",
-        log=True,
-    )
-
-
-def _canaries(decays: Mapping[str, Decay], rule: Rule) -> Picture | None:
-    return _vital(
-        decays,
-        "guard",
-        "canaries_kept",
-        "share of known answers kept",
-        "Guard questions in sequence",
-        rule.min_canaries,
-        log=False,
-    )
 
 
 def _vital(
@@ -244,15 +214,14 @@ def _vital(
         axes.set(ylabel=label)
         if log:
             axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(_plain)
-            axes.yaxis.set_minor_formatter(_twos_and_fives)
-            axes.tick_params(axis="y", which="minor", labelsize=8)
         else:
             axes.set_ylim(-0.04, 1.05)
         more = []
         if limit is not None:
             axes.axhline(limit, color=INK, linestyle=":", linewidth=1.2, alpha=0.8)
             more.append(_key(axes, f"limit {limit:g}", ":"))
+        if log:
+            scaled(axes)
         legend_above(axes, 4, more)
     return Picture(name, drawn[0], rows)
 
@@ -285,19 +254,8 @@ def _counts(axes: Any, decays: Mapping[str, Decay]) -> None:
     for count in reversed(counts):  # the last one is always named
         if not ticks or math.log(ticks[-1] / count) > 0.04 * math.log(max(2, counts[-1] / counts[0])):
             ticks.append(count)
-    axes.set_xscale("log")
-    axes.set_xticks(ticks, [f"{count:,}" for count in ticks], minor=False)
-    axes.set_xticks([], minor=True)
+    counted(axes, ticks)
     axes.set(xlabel="patches asked for, all that were made kept")
-
-
-def _plain(value: float, place: int = 0) -> str:  # noqa: ARG001 - Matplotlib gives a place
-    return f"{value:g}"
-
-
-def _twos_and_fives(value: float, place: int = 0) -> str:
-    """A short axis may have no power of ten on it; twos and fives alone have room."""
-    return _plain(value, place) if f"{value:e}"[:3] in {"2.0", "5.0"} else ""
 
 
 def _key(axes: Any, label: str, style: str) -> Any:

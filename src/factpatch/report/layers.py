@@ -7,7 +7,7 @@ from typing import Any
 
 from factpatch.analysis.locate import Located, Measures, Place
 from factpatch.report.picture import Cell
-from factpatch.report.plots import INK, colour, figure
+from factpatch.report.plots import INK, colour, figure, legend_above
 from factpatch.scoring.protocols import ProtocolName
 
 __all__ = ["layer_rows", "layers_picture"]
@@ -24,14 +24,14 @@ def layers_picture(found: Located) -> str:
     heights = [2.3, 1.9, *([1.5] if found.traced else [])]
     with figure(sum(heights) + 0.9, f"Where {found.method} edits {found.model} best", 6.4) as (axes, drawn):
         panels = _stacked(axes, heights)
-        _draw_measures(panels[0], found, "survey")
-        _draw_measures(panels[1], found, "open")
+        _draw_measures(panels[0], found, "open")
+        _draw_measures(panels[1], found, "survey")
         if found.traced:
             _draw_tracing(panels[2], found.traced.effects)
         for panel in panels:
             _mark(panel, found)
-        panels[0].legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, fontsize=8.5)
-        wide = len(found.places[0].layers)
+        legend_above(panels[0])
+        wide = len(found.places[0].layers) if found.places else 1
         panels[-1].set(xlabel="block" if wide == 1 else f"middle of {wide} blocks edited together; of tracing, block")
     return drawn[0]
 
@@ -47,9 +47,10 @@ def layer_rows(found: Located) -> list[dict[str, Cell]]:
             "block": block,
             "layers": " ".join(map(str, place.layers)) if place else None,
             "score": place.score if place else None,
+            "survey_score": place.survey_score if place else None,
             "support": place.support if place else None,
         }
-        for protocol in ("survey", "open"):
+        for protocol in ("open", "survey"):
             measures = _of(place, protocol).model_dump() if place else dict.fromkeys(_MEASURES)
             row |= {f"{protocol}_{name}": value for name, value in measures.items()}
         row |= {
@@ -82,7 +83,7 @@ def _draw_measures(panel: Any, found: Located, protocol: ProtocolName) -> None:
         points = _points(found.places, lambda place, name=name: getattr(_of(place, protocol), name))  # type: ignore[misc]
         label = name.replace("_", " ")
         panel.plot(*points, color=colour(i), marker=_MARKS[i], markersize=3.5, linewidth=1, alpha=0.85, label=label)
-    if protocol == "survey":
+    if protocol == "open":
         points = _points(found.places, lambda place: place.score)
         panel.plot(*points, color=INK, marker="o", markersize=5, linewidth=2.2, label="score, which decides")
     panel.set(ylabel=f"{protocol} protocol", ylim=(-0.04, 1.06))

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date
-from importlib import import_module
-from importlib.metadata import version
-from importlib.resources import files
 from statistics import fmean
-from typing import Any
 
 from factpatch.bench.store import Store
-from factpatch.errors import BadFile, MissingExtra
+from factpatch.errors import BadFile
 from factpatch.report import plots
 from factpatch.report.plain import (
     TITLES,
@@ -20,13 +15,13 @@ from factpatch.report.plain import (
     brief,
     failures_of,
     name_of,
-    number,
     retained_cells,
     retained_of,
     tables,
 )
 from factpatch.report.published import SOURCE, Published, published
 from factpatch.report.rows import AT_END, SCORES, UNEDITED, ResultRow, edit_rows, overviews, result_rows, retained_rows
+from factpatch.report.template import rendered
 
 __all__ = ["as_html", "as_svg"]
 
@@ -51,27 +46,14 @@ class _Plot:
 
 def as_html(store: Store, title: str = "Knowledge editing, measured") -> str:
     """The page, as one text. It loads nothing from anywhere. Raises MissingExtra without Jinja or Matplotlib."""
-    try:
-        jinja: Any = import_module("jinja2")
-    except ImportError:
-        raise MissingExtra(
-            "A page needs Jinja, which is not installed.\n  Install it: pip install 'factpatch[report]'"
-        ) from None
     rows = result_rows(store)
     shown = [
         _Table(dataset, protocol, TITLES[protocol], own, published().get(dataset, ()) if protocol == "survey" else ())
         for dataset, protocol, own in tables(rows)
     ]
-    environment = jinja.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja.StrictUndefined
-    )
-    environment.filters |= {"number": number, "title": lambda name: name.replace("_", " ")}
-    own_files = files("factpatch.report")
-    template = environment.from_string(own_files.joinpath("page.html").read_text(encoding="utf-8"))
-    text: str = template.render(
+    return rendered(
+        "page.html",
         title=title,
-        style=own_files.joinpath("page.css").read_text(encoding="utf-8"),
-        script=own_files.joinpath("page.js").read_text(encoding="utf-8"),
         about=about(rows),
         overviews=overviews(rows),
         titles=TITLES,
@@ -86,9 +68,7 @@ def as_html(store: Store, title: str = "Knowledge editing, measured") -> str:
         retained=[(row.lost, retained_cells(row)) for row in retained_rows(store)],
         retained_of=retained_of,
         failed=sorted({(row.label, row.dataset, row.reason) for row in rows if row.reason}),
-        made=f"factpatch {version('factpatch')}, {date.today()}",
     )
-    return text
 
 
 def as_svg(store: Store) -> str:
@@ -100,33 +80,21 @@ def as_svg(store: Store) -> str:
 
 def _plots(rows: Sequence[ResultRow]) -> Iterator[_Plot]:
     for overview in overviews(rows):
-        both = {
-            label: (overview.mean(label, "edit_success"), overview.mean(label, "locality")) for label in overview.cells
-        }
-        points = {label: found for label, found in both.items() if None not in found}
-        if overview.protocol == "open" and points:
-            name = "Success against locality, mean of all data sets"
-            says = "Up and to the right is better: the edit took, and all else stayed. Open protocol."
-            yield _Plot(name, says, plots.scatter(points, "edit success", "locality", name))  # type: ignore[arg-type]
-    edited = [row for row in rows if row.method != UNEDITED]
-    for dataset, protocol, own in tables([row for row in edited if row.moment in {"alone", AT_END}]):
-        points = {r.label: (r.edit_success, r.locality) for r in own if None not in {r.edit_success, r.locality}}
-        if protocol == "open" and points:
-            name = f"Success against locality, {dataset}"
-            says = "Up and to the right is better: the edit took, and all else stayed. Open protocol."
-            yield _Plot(name, says, plots.scatter(points, "edit success", "locality", name))  # type: ignore[arg-type]
-    for dataset, protocol, own in tables([row for row in edited if row.moment in {"alone", AT_END}]):
-        kinds = {
-            r.label: {k.partition("/")[2]: v for k, v in r.by_kind.items() if k.startswith("portability")} for r in own
-        }
-        kinds = {label: found for label, found in kinds.items() if found}
-        if protocol == "open" and kinds:
-            name = f"Portability by kind, {dataset}"
-            yield _Plot(
-                name,
-                "Does what follows from the edit follow? Open protocol.",
-                plots.grouped_bars(kinds, "portability", name),
+        if overview.protocol == "open":
+            yield from _against(
+                "mean of all data sets",
+                {n: (overview.mean(n, "edit_success"), overview.mean(n, "locality")) for n in overview.cells},
             )
+    edited = [row for row in rows if row.method != UNEDITED]
+    ends = [t for t in tables([row for row in edited if row.moment in {"alone", AT_END}]) if t[1] == "open"]
+    for dataset, _, own in ends:
+        yield from _against(dataset, {row.label: (row.edit_success, row.locality) for row in own})
+    for dataset, _, own in ends:
+        kinds = {row.label: _portability(row) for row in own}
+        if kinds := {label: found for label, found in kinds.items() if found}:
+            name = f"Portability by kind, {dataset}"
+            says = "Does what follows from the edit follow? Open protocol."
+            yield _Plot(name, says, plots.grouped_bars(kinds, "portability", name))
     seconds: dict[str, list[float]] = {}
     for row in edited:
         if row.fit_seconds:
@@ -138,6 +106,21 @@ def _plots(rows: Sequence[ResultRow]) -> Iterator[_Plot]:
     for dataset, protocol, own in tables([row for row in edited if row.mode == "sequential"]):
         if protocol == "open":
             yield from _decay(dataset, own)
+
+
+def _against(where: str, both: Mapping[str, tuple[float | None, float | None]]) -> Iterator[_Plot]:
+    """Success against locality, of the methods that have both."""
+    points = {label: (x, y) for label, (x, y) in both.items() if x is not None and y is not None}
+    if points:
+        name = f"Success against locality, {where}"
+        says = "Up and to the right is better: the edit took, and all else stayed. Open protocol."
+        yield _Plot(name, says, plots.scatter(points, "edit success", "locality", name))
+
+
+def _portability(row: ResultRow) -> dict[str, plots.Bar]:
+    """By kind."""
+    kinds = {name.partition("/"): value for name, value in row.by_kind.items()}
+    return {kind.replace("_", " "): (value, None) for (role, _, kind), value in kinds.items() if role == "portability"}
 
 
 def _decay(dataset: str, rows: Sequence[ResultRow]) -> Iterator[_Plot]:

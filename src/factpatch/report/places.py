@@ -6,15 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from factpatch.analysis.places import LEVELS, MEASURES, Level, LevelComparison, Measure, PlacesReport, ValueReading
+from factpatch.analysis.changed_values import ValueReading
+from factpatch.analysis.places import PlacesReport
+from factpatch.analysis.places_alike import LEVELS, MEASURES, Level, LevelComparison, Measure
 from factpatch.report.picture import Cell, save_picture
-from factpatch.report.plots import INK, colour, figure
+from factpatch.report.plots import Bar, grouped_bars
 from factpatch.report.stats import Interval, bootstrap
 
-__all__ = ["hit_rows", "interval_bars", "place_rows", "save_places", "sentences"]
-
-Bar = tuple[float, Interval | None]
-"""A value and its interval."""
+__all__ = ["hit_rows", "place_rows", "save_places", "sentences"]
 
 HITS = (10, 50)
 
@@ -171,9 +170,9 @@ def _apart(row: Mapping[str, Cell]) -> bool | None:
 def save_places(folder: Path, places: PlacesReport) -> list[Path]:
     """Pictures with their numbers beside them: `places`, `places-alike` and, where edits were made, `places-hits`."""
     rows = place_rows(places)
-    relative = interval_bars(_by_level(rows, "rsim"), "relative similarity (RSim)", "Places told apart")
+    relative = _bars(_by_level(rows, "rsim"), "relative similarity (RSim)", "Places told apart")
     alike = _by_level(rows, "inside") | {"unrelated": _unrelated(rows)}
-    drawn = interval_bars(alike, "similarity of places", "How alike places are")
+    drawn = _bars(alike, "similarity of places", "How alike places are")
     saved = [save_picture(folder, "places", relative, rows), save_picture(folder, "places-alike", drawn, rows)]
     if hits := hit_rows(places):
         moments = [(most, moment) for most in HITS for moment in ("before", "after")]
@@ -182,11 +181,13 @@ def save_places(folder: Path, places: PlacesReport) -> list[Path]:
             for row in hits
             if row["over"] == "all"
         }
-        drawn = interval_bars(
-            bars, "share of edits with the target among the first 10 or 50", "Targets in the changed values"
-        )
+        drawn = _bars(bars, "share of edits with the target among the first 10 or 50", "Targets in the changed values")
         saved.append(save_picture(folder, "places-hits", drawn, hits))
     return saved
+
+
+def _bars(values: Mapping[str, Mapping[str, Bar]], x: str, title: str) -> str:
+    return grouped_bars(values, x, title, columns=2)
 
 
 def _by_level(rows: Sequence[Mapping[str, Cell]], what: str) -> dict[str, dict[str, Bar]]:
@@ -214,25 +215,3 @@ def _bar(row: Mapping[str, Cell], what: str) -> Bar:
 def _number(cell: Cell) -> float:
     assert isinstance(cell, float)
     return cell
-
-
-def interval_bars(values: Mapping[str, Mapping[str, Bar]], x: str, title: str) -> str:
-    """For each name a bar for each kind, with its interval where it has one; kinds are told apart by colour."""
-    kinds = list(dict.fromkeys(kind for own in values.values() for kind in own))
-    thick = 0.8 / max(1, len(kinds))
-    with figure(1.3 + 0.16 * len(values) * (len(kinds) + 1), title) as (axes, drawn):
-        for k, kind in enumerate(kinds):
-            there = [(i, own[kind]) for i, own in enumerate(values.values()) if kind in own]
-            places = [i + (k - (len(kinds) - 1) / 2) * thick for i, _ in there]
-            axes.barh(
-                places, [value for _, (value, _) in there], height=thick * 0.9, color=colour(k), label=kind
-            )  # fmt: skip
-            for place, (_, (_, interval)) in zip(places, there, strict=True):
-                if interval is not None:
-                    axes.plot(interval, (place, place), color=INK, linewidth=1.1, alpha=0.75, solid_capstyle="butt")
-        axes.set_yticks(range(len(values)), list(values))
-        axes.invert_yaxis()
-        axes.grid(visible=False, axis="y")
-        axes.set(xlabel=x, xlim=(0, 1.02))
-        axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=2, frameon=False, fontsize=8.5)
-    return drawn[0]

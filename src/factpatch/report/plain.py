@@ -8,8 +8,9 @@ import json
 from collections.abc import Iterator, Sequence
 
 from factpatch.bench.store import Store
-from factpatch.report.published import SOURCE, published
+from factpatch.report.published import SOURCE, Published, published
 from factpatch.report.rows import SCORES, ResultRow, RetainedRow, overviews, result_rows, retained_rows, table_rows
+from factpatch.report.template import markdown_table, number
 
 __all__ = [
     "about",
@@ -21,7 +22,6 @@ __all__ = [
     "cell",
     "failures_of",
     "name_of",
-    "number",
     "retained_cells",
     "retained_of",
     "tables",
@@ -32,11 +32,6 @@ TITLES = {
     "open": "Open protocol: the model's own free answers",
     "survey": "Survey protocol: as published tables score",
 }
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """A dash where there is none."""
-    return "–" if value is None else f"{value:.{digits}f}"
 
 
 def tables(rows: Sequence[ResultRow]) -> Iterator[tuple[str, str, list[ResultRow]]]:
@@ -71,14 +66,14 @@ def as_markdown(store: Store) -> str:
     lines += ["- Intervals in brackets: 95 %, bootstrap over edits. Shares from 0 to 1, fluency in bits."]
     for overview in overviews(rows):
         lines += ["", f"## Every data set: {TITLES[overview.protocol][0].lower()}{TITLES[overview.protocol][1:]}", ""]
-        lines += ["Edit success / locality.", "", f"| method | {' | '.join(overview.datasets)} |"]
-        lines += ["| --- |" + " ---: |" * len(overview.datasets)]
-        for label, own_cells in overview.cells.items():
-            lines.append(f"| {label} | {' | '.join(brief(own_cells.get(dataset)) for dataset in overview.datasets)} |")
+        cells = [
+            (label, *(brief(found.get(dataset)) for dataset in overview.datasets))
+            for label, found in overview.cells.items()
+        ]
+        lines += ["Edit success / locality.", "", *markdown_table(("method", *overview.datasets), cells)]
     for dataset, protocol, own in tables(rows):
         lines += ["", f"## {dataset}: {TITLES[protocol][0].lower()}{TITLES[protocol][1:]}", ""]
-        lines += [f"| {' | '.join(HEADS)} |", "| --- |" + " ---: |" * (len(HEADS) - 1)]
-        lines += [f"| {' | '.join(_cells(row))} |" for row in own]
+        lines += markdown_table(HEADS, map(_cells, own))
         lines += [f"\nFailed: {row.label}: {row.reason}" for row in own if row.reason]
         told = [f"{name_of(row)}: {failures_of(row)}" for row in own if row.failures]
         lines += ["", f"How edits failed: {'; '.join(told)}."] if told else []
@@ -89,17 +84,13 @@ def as_markdown(store: Store) -> str:
         told = [f"{name_of(row)}: {retained_of(row)}" for row in own if row.retained]
         lines += ["", f"Questions to be answered as before: {'; '.join(told)}."] if told else []
         if protocol == "survey" and dataset in published():
-            lines += ["", f"{SOURCE}:", "", "| method | edit success | portability | locality | fluency |"]
-            lines += ["| --- | ---: | ---: | ---: | ---: |"]
-            for p in published()[dataset]:
-                locality = f"KL {p.kl:.2f}" if p.kl is not None else number(p.locality)
-                cells = (number(p.edit_success), number(p.portability), locality, number(p.fluency))
-                lines.append(f"| {p.method} | {' | '.join(cells)} |")
+            heads = ("method", "edit success", "portability", "locality", "fluency")
+            lines += ["", f"{SOURCE}:", "", *markdown_table(heads, map(_published_cells, published()[dataset]))]
     changed = retained_rows(store)
     if changed:
         lines += ["", "## Answers that should not have changed", ""]
-        lines += ["| method | data | edits | asked | before | after |", "| --- | --- | --- | --- | --- | --- |"]
-        lines += [f"| {' | '.join(_plain(text) for text in retained_cells(row))} |" for row in changed]
+        asked = ("method", "data", "edits", "asked", "before", "after")
+        lines += markdown_table(asked, map(retained_cells, changed), numbers=False)
     return "\n".join(lines) + "\n"
 
 
@@ -120,11 +111,6 @@ def retained_cells(row: RetainedRow, most: int = 3) -> tuple[str, ...]:
     edits = ", ".join(row.edits[:most]) + (f" and {len(row.edits) - most} more" if len(row.edits) > most else "")
     label = row.label if row.moment == "alone" else f"{row.label}, {row.moment}"
     return label, row.dataset, edits, row.prompt, row.before, row.after + (" (was right)" if row.lost else "")
-
-
-def _plain(text: str) -> str:
-    """On one line, and no column of its own."""
-    return " ".join(text.split()).replace("|", "\\|")
 
 
 def about(rows: Sequence[ResultRow]) -> dict[str, list[str]]:
@@ -149,7 +135,7 @@ def about(rows: Sequence[ResultRow]) -> dict[str, list[str]]:
 
 def _costs(rows: Sequence[ResultRow]) -> dict[str, dict[str, None]]:
     """What it all took, wall time added up; what several cells of a method shared in preparing counts once."""
-    made = [r for r in rows if r.protocol == rows[0].protocol and r.moment in {"alone", "at edit"}]
+    made = [r for r in rows if r.protocol == rows[0].protocol]
     fit, score = (sum((getattr(r, name) or 0) * r.edits for r in made) for name in ("fit_seconds", "score_seconds"))
     prepared: dict[str, float] = {}
     for r in made:
@@ -163,6 +149,11 @@ def _cells(row: ResultRow) -> list[str]:
     edits = f"{row.edits}" + (f", {row.not_made} not made" if row.not_made else "")
     seconds, memory = number(row.fit_seconds, 2), number(row.peak_memory_mb, 0)
     return [name_of(row), edits, *(cell(row, name) for name in SCORES), seconds, memory]
+
+
+def _published_cells(row: Published) -> list[str]:
+    locality = f"KL {row.kl:.2f}" if row.kl is not None else number(row.locality)
+    return [row.method, number(row.edit_success), number(row.portability), locality, number(row.fluency)]
 
 
 def as_latex(store: Store) -> str:

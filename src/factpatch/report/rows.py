@@ -145,20 +145,23 @@ def labels(store: Store) -> dict[int, str]:
     cells = store.cells()
     alike: dict[tuple[str, ...], list[Cell]] = {}
     for cell in cells.values():
-        alike.setdefault((cell.method, cell.dataset, cell.data_sha256), []).append(cell)
-    return {
-        number: f"{cell.method}{_apart(cell, alike[cell.method, cell.dataset, cell.data_sha256])}"
-        for number, cell in cells.items()
-    }
+        alike.setdefault((cell.method, *_data(cell)), []).append(cell)
+    return {number: f"{cell.method}{_apart(cell, alike[cell.method, *_data(cell)])}" for number, cell in cells.items()}
+
+
+def _data(cell: Cell) -> tuple[str, str]:
+    return cell.dataset, cell.data_sha256
+
+
+def _told_apart(cell: Cell, others: Collection[Cell], names: Sequence[str]) -> list[str]:
+    """What this cell has under those of the names under which some of the others have something else."""
+    differing = (name for name in names if len({getattr(other, name) for other in others}) > 1)
+    return [f"{name}={getattr(cell, name)}" for name in differing]
 
 
 def _apart(cell: Cell, others: Sequence[Cell]) -> str:
     """In what this cell differs from some of the others."""
-    told = [
-        f"{name}={getattr(cell, name)}"
-        for name in ("model", "dtype", "mode", "seed", "chat", "fluency", "judge")
-        if len({getattr(other, name) for other in others}) > 1
-    ]
+    told = _told_apart(cell, others, ("model", "dtype", "mode", "seed", "chat", "fluency", "judge"))
     if len({other.retain for other in others}) > 1:
         told.append(f"questions {cell.retain[:8] or 'none'}")
     if len({json.dumps(dict(other.settings), sort_keys=True, default=str) for other in others}) > 1:
@@ -169,9 +172,11 @@ def _apart(cell: Cell, others: Sequence[Cell]) -> str:
 def result_rows(store: Store, cells: Collection[int] | None = None) -> list[ResultRow]:
     """All numbers, cell by cell, `open` before `survey`; before each data set's first, those of the unedited model.
 
+    It is told apart by its name, type and whether it was asked in a chat, where that makes a difference.
+
     cells  only these, by number
     """
-    named = labels(store)
+    named, every = labels(store), store.cells().values()
     found: list[ResultRow] = []
     told: set[tuple[str, ...]] = set()
     for number, cell in store.cells().items():
@@ -184,10 +189,11 @@ def result_rows(store: Store, cells: Collection[int] | None = None) -> list[Resu
             shown = AT_END if moment == _last(outcomes) else moment
             for protocol in cell.protocols:
                 common = _common(store, number, cell, named[number], mine, shown, protocol)
-                key = (cell.fingerprint, cell.dataset, cell.data_sha256, cell.mode, protocol)
+                model = _told_apart(cell, [c for c in every if _data(c) == _data(cell)], ("model", "dtype", "chat"))
+                key = (cell.fingerprint, *_data(cell), cell.mode, protocol, *model)
                 if card is not None and key not in told and moment in {ALONE, AT_EDIT}:
                     told.add(key)
-                    found.append(_unedited(card, common, protocol))
+                    found.append(_unedited(card, common, protocol, f" ({', '.join(model)})" if model else ""))
                 found.append(common if card is None else _scored(card, common, protocol))
     return found
 
@@ -340,12 +346,12 @@ def _scored(card: Scorecard, row: ResultRow, protocol: ProtocolName) -> ResultRo
     return row.model_copy(update={name: getattr(summary, name) for name in SCORES} | {"intervals": intervals} | detail)
 
 
-def _unedited(card: Scorecard, row: ResultRow, protocol: ProtocolName) -> ResultRow:
-    """What the model without a patch does on the same edits."""
+def _unedited(card: Scorecard, row: ResultRow, protocol: ProtocolName, model: str) -> ResultRow:
+    """What the model without a patch does on the same edits; `model` tells which, where there are several."""
     summary = card.summary(protocol)
     before = {name: getattr(summary, f"{name}_before") for name in SCORES if name != "locality"}
     nothing = {"fit_seconds": None, "score_seconds": None, "peak_memory_mb": None, "prepare_seconds": None}
-    about = {"method": UNEDITED, "label": UNEDITED, "settings": {}, "not_made": 0, "reason": ""}
+    about = {"method": UNEDITED, "label": UNEDITED + model, "settings": {}, "not_made": 0, "reason": ""}
     return row.model_copy(update=before | nothing | about | {"moment": ALONE if row.moment == ALONE else AT_EDIT})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
@@ -11,6 +12,7 @@ from typing import Any
 from factpatch.analysis.tracing import ROLES, AverageTrace, Part, Trace
 from factpatch.report.picture import Cell
 from factpatch.report.plots import COLOURS, WIDTH, figure
+from factpatch.words import counted
 
 __all__ = ["average_map", "average_rows", "part_name", "shown_token", "trace_map", "trace_rows"]
 
@@ -19,6 +21,8 @@ _COLOURS: dict[Part, str] = {"state": COLOURS[4], "mlp": COLOURS[2], "attention"
 _HARM = COLOURS[5]
 """Where restoring makes the answer less likely."""
 
+_TITLE = 60
+"""Characters in a line of the title."""
 _LONGEST = 24
 """Of a token's text, in characters."""
 
@@ -42,28 +46,26 @@ def trace_map(trace: Trace) -> str:
         shown_token(text) + (" *" if first <= i < end else "  ") for i, text in enumerate(trace.tokens)
     ]  # the blanks keep the texts in line
     p = f'p("{shown_token(trace.asked)}")' if trace.asked else "p"
-    title = f"{shown_token(trace.fact.answer)}: {p} {trace.clean:.2g} clean, {trace.corrupted:.2g} corrupted"
-    return _map(trace.effects.tolist(), names, trace.part, trace.window, title)
+    asked = textwrap.fill(f'"{" ".join(trace.fact.prompt.split())}" → {shown_token(trace.fact.answer)}', _TITLE)
+    title = f"{asked}\n{p} {trace.clean:.2g} clean, {trace.corrupted:.2g} corrupted"
+    return _map(trace.effects.tolist(), names, trace.part, trace.window, title, "token")
 
 
 def average_map(average: AverageTrace) -> str:
     """The mean over facts: roles of tokens down, blocks across; roles that no fact has are left out."""
     shown = [i for i, count in enumerate(average.counts) if count]
-    names = [
-        ROLES[i] + (" *" if i < 3 else "  ") + ("" if average.counts[i] == average.facts else f"\n{average.counts[i]} facts")
-        for i in shown
-    ]  # fmt: skip
-    several = "1 fact" if average.facts == 1 else f"{average.facts} facts"
-    title = f"{several}; p(answer) {average.clean:.2g} clean, {average.corrupted:.2g} corrupted"
-    return _map([average.effects[i].tolist() for i in shown], names, average.part, average.window, title)
+    counts = ["" if count == average.facts else f"\n{counted(count, 'fact')}" for count in average.counts]
+    names = [ROLES[i] + (" *" if i < 3 else "  ") + counts[i] for i in shown]
+    title = f"{counted(average.facts, 'fact')}; p(answer) {average.clean:.2g} clean, {average.corrupted:.2g} corrupted"
+    return _map([average.effects[i].tolist() for i in shown], names, average.part, average.window, title, "role")
 
 
-def _map(cells: Sequence[Sequence[float]], names: Sequence[str], part: Part, window: int, title: str) -> str:
+def _map(cells: Sequence[Sequence[float]], names: Sequence[str], part: Part, window: int, title: str, down: str) -> str:
     layers = len(cells[0])
     values = [value for row in cells for value in row]
     low, high = min(0.0, *values), max(0.0, *values)
     most = max(-low, high) or 1.0
-    height = 1.3 + 0.2 * sum(1 + name.count("\n") for name in names)
+    height = 1.3 + 0.2 * (title.count("\n") + sum(1 + name.count("\n") for name in names))
     with warnings.catch_warnings():
         # The picture keeps texts as texts, and the reader's own fonts show them.
         warnings.filterwarnings("ignore", "Glyph")
@@ -78,6 +80,7 @@ def _map(cells: Sequence[Sequence[float]], names: Sequence[str], part: Part, win
             ticks = range(0, layers, max(1, math.ceil(layers / 12)))
             axes.set_xticks([i + 0.5 for i in ticks], [str(i) for i in ticks])
             axes.set_xlabel(_across(part, window))
+            axes.set_ylabel(f"{down} (* with noise)")
             axes.set_title(title.replace("$", r"\$"), fontsize=10)
             bar = axes.figure.colorbar(mesh, ax=axes, pad=0.02, fraction=0.06)
             bar.set_label("p(answer) restored - corrupted", fontsize=9)

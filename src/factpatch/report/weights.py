@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from math import ceil
 from pathlib import Path
-from typing import Any
 
 from factpatch.analysis.weights import THRESHOLDS, Change, Overlap
 from factpatch.report.picture import Cell, save_picture, save_table
-from factpatch.report.plots import INK, MARKS, colour, figure
+from factpatch.report.plots import INK, colour, counted, figure, legend_above, marked, round_counts, scaled
 
-__all__ = ["by_block", "heat_map", "legend_above", "marked", "save_weight_pictures", "sparsity_curves", "spectra"]
+__all__ = ["by_block", "heat_map", "save_weight_pictures", "sparsity_curves", "spectra"]
 
 MEASURES = {
     "outputs": "Mean squared cosine between the spaces written into",
@@ -65,16 +64,19 @@ def by_block(changes: Mapping[str, Change]) -> str:
         outside = False
         for i, (name, change) in enumerate(changes.items()):
             found = {t.block: t.relative for t in change.blocks if t.relative}
-            across = list(range(layers))
-            axes.plot(across, [found.get(block, float("nan")) for block in across], label=name, **marked(i))
+            # Side by side, as patches of one block would lie over each other.
+            aside = 0.6 * ((i + 0.5) / len(changes) - 0.5)
+            across = [block + aside for block in range(layers)]
+            axes.plot(across, [found.get(block, float("nan")) for block in range(layers)], label=name, **marked(i))
             if None in found:
                 outside = True
-                axes.plot([layers], [found[None]], **marked(i))
+                axes.plot([layers + aside], [found[None]], **marked(i))
         step = max(1, ceil(layers / 12))
         ticks = [*range(0, layers, step), *([layers] if outside else [])]
         axes.set_xticks(ticks, [*map(str, range(0, layers, step)), *(["other"] if outside else [])])
         axes.set_xlim(-0.5, layers - 0.5 + outside)
-        axes.set(yscale="log", xlabel="block", ylabel="‖ΔW‖ / ‖W‖ of the block's matrices")
+        axes.set(xlabel="block", ylabel="‖ΔW‖ / ‖W‖ of the block's matrices")
+        scaled(axes)
         legend_above(axes)
     return drawn[0]
 
@@ -103,10 +105,16 @@ def spectra(changes: Mapping[str, Change]) -> str:
                 if not strongest and m.rank == 1:
                     style |= {"marker": ".", "markersize": 3}
                 places = range(1, len(m.singular_values) + 1)
-                axes.plot(places, m.singular_values, **style | {"color": colour(i), "markevery": _spaced(m.rank)})
-        axes.set(xscale="log", yscale="log", xlabel="number of the singular value", ylabel="singular value of ΔW")
-        most = max((m.rank for change in changes.values() for m in change.matrices), default=1)
+                axes.plot(
+                    places,
+                    m.singular_values,
+                    **style | {"color": colour(i), "markevery": _spaced(len(m.singular_values))},
+                )
+        axes.set(xlabel="number of the singular value", ylabel="singular value of ΔW")
+        most = max((len(m.singular_values) for change in changes.values() for m in change.matrices), default=1)
+        counted(axes, round_counts(max(2, most)))
         axes.set_xlim(0.85, max(2, most) * 1.2)
+        scaled(axes)
         legend_above(axes)
     return drawn[0]
 
@@ -141,32 +149,13 @@ def _height(changes: Mapping[str, Change]) -> float:
     return 3.4 + 0.22 * ceil(len(changes) / 3)
 
 
-def marked(index: int, linewidth: float = 1.4) -> dict[str, Any]:
-    """How one of many lines is told from the others: a colour and a mark, of which the pair comes again after a hundred."""
-    mark = MARKS[(index // 10 + index) % len(MARKS)]
-    return {"color": colour(index), "marker": mark, "markersize": 5, "linewidth": linewidth}
-
-
 def _spaced(count: int) -> list[int]:
-    """Which of so many points get a mark, on a logarithmic axis."""
+    """Which of so many points get a mark, on a logarithmic axis; the last one always."""
     places, at = [], 1.0
     while at <= count:
         places.append(int(at) - 1)
         at = max(at + 1, at * 1.35)
-    return places
-
-
-def legend_above(axes: Any, columns: int = 3, more: Sequence[Any] = ()) -> None:
-    """Above the plot: what is drawn, then `more`, handles of what else there is to know."""
-    handles = [handle for handle in axes.get_legend_handles_labels()[0] if not any(handle is other for other in more)]
-    axes.legend(
-        handles=[*handles, *more],
-        loc="lower center",
-        bbox_to_anchor=(0.5, 1.0),
-        ncols=columns,
-        frameon=False,
-        fontsize=8.5,
-    )
+    return places if not places or places[-1] == count - 1 else [*places, count - 1]
 
 
 def _shares(change: Change) -> list[float]:

@@ -57,6 +57,7 @@ ROOM = 2**30
 """Bytes the file takes at most, but for answers, which always stay; some five thousand distributions of the default model."""
 
 Table = Literal["answers", "distributions"]
+Bytes = bytes | memoryview
 
 _log = logging.getLogger("factpatch")
 
@@ -103,7 +104,7 @@ class Store:
                     found |= {key: value for key, kept, value in rows if kept == _sum(key, value)}
         return found
 
-    def write(self, answers: Mapping[bytes, bytes], distributions: Mapping[bytes, bytes]) -> None:
+    def write(self, answers: Mapping[bytes, Bytes], distributions: Mapping[bytes, Bytes]) -> None:
         """Keep all of it or nothing, in place of what was kept under the same keys; of distributions as many as may be."""
         if not answers or not all(self._can.values()):
             return
@@ -113,7 +114,7 @@ class Store:
                 db.execute("BEGIN IMMEDIATE")
                 for table in ("answers", "distributions"):
                     db.execute(_TABLE.format(table))
-                new: dict[Table, Mapping[bytes, bytes]] = {"answers": answers}
+                new: dict[Table, Mapping[bytes, Bytes]] = {"answers": answers}
                 new["distributions"] = _fitting(db, distributions, _size(answers))
                 for table, values in new.items():
                     rows = [(key, _sum(key, value), value) for key, value in values.items()]
@@ -155,7 +156,7 @@ class Store:
                         Path(f"{self.path}{name}").replace(f"{self.path}.damaged{name}")
 
 
-def _fitting(db: sqlite3.Connection, new: Mapping[bytes, bytes], beside: int) -> dict[bytes, bytes]:
+def _fitting(db: sqlite3.Connection, new: Mapping[bytes, Bytes], beside: int) -> dict[bytes, Bytes]:
     """Those of the new distributions that fit into `ROOM`, once the oldest have given way to them.
 
     beside  bytes that will be written beside them
@@ -180,11 +181,11 @@ def _fitting(db: sqlite3.Connection, new: Mapping[bytes, bytes], beside: int) ->
     return fitting
 
 
-def _size(values: Mapping[bytes, bytes]) -> int:
+def _size(values: Mapping[bytes, Bytes]) -> int:
     return sum(map(len, values.values()))
 
 
-def _sum(key: bytes, value: bytes) -> int:
+def _sum(key: bytes, value: Bytes) -> int:
     """A checksum, since SQLite has none."""
     return zlib.crc32(value, zlib.crc32(key))
 
@@ -289,12 +290,12 @@ def _seen(told: bytes, first: bytes | None) -> Seen | None:
     return Seen(**values, first=None if first is None else _unpacked(first))
 
 
-def _packed(first: Float[Tensor, " vocab"]) -> bytes:
+def _packed(first: Float[Tensor, " vocab"]) -> memoryview:
+    """Its bytes where they lie, as there are many such and they are held already."""
     assert first.dtype == torch.float32
-    return first.cpu().numpy().astype("<f4").tobytes()
+    return first.cpu().numpy().astype("<f4", copy=False).view(np.uint8).data
 
 
 def _unpacked(first: bytes) -> Float[Tensor, " vocab"]:
-    return torch.from_numpy(
-        np.frombuffer(first, "<f4").astype(np.float32)
-    )  # a copy, because bytes cannot be written to
+    # Copied, because bytes cannot be written to.
+    return torch.from_numpy(np.frombuffer(first, "<f4").astype(np.float32))

@@ -24,6 +24,7 @@ __all__ = [
     "rouge1",
     "same_answer",
     "sentiment_shift",
+    "taken_together",
     "words",
 ]
 
@@ -37,6 +38,7 @@ _UNSPACED = re.compile(
 )
 _MOST_EXPONENT = 700.0
 """Of `math.exp`, rounded down."""
+_LEAST = 0.01
 _ARTICLES = frozenset({"a", "an", "the"})
 
 
@@ -103,9 +105,8 @@ def divergence(before: Float[Tensor, " vocab"], after: Float[Tensor, " vocab"]) 
     possible = before > -torch.inf
     before, after = before[possible], after[possible]
     found = float((before.exp() * (before - after)).sum())
-    return (
-        found if math.isnan(found) else max(0.0, found)
-    )  # of a ruined model nothing is known, least of all that it is near
+    # Of a ruined model nothing is known, least of all that it is near.
+    return found if math.isnan(found) else max(0.0, found)
 
 
 def sentiment_shift(*, before: float, after: float, other_after: float) -> tuple[float, float]:
@@ -116,6 +117,17 @@ def sentiment_shift(*, before: float, after: float, other_after: float) -> tuple
     Their product is the success of the edit.
     """
     return 1 / (1 + math.exp(min(_MOST_EXPONENT, other_after - after))), math.exp(min(0.0, after - before))
+
+
+def taken_together(success: float | None, *others: float | None) -> float | None:
+    """The harmonic mean of success and of what else was measured, each counted as at least 0.01.
+
+    So where another is nought, the rest decide; without any success it is 0, and None where success was not measured.
+    """
+    if not success:
+        return success
+    parts = [success, *(value for value in others if value is not None)]
+    return len(parts) / sum(1 / max(_LEAST, value) for value in parts)
 
 
 def words(text: str) -> list[str]:

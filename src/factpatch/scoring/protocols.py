@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from functools import partial
 from statistics import fmean
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -20,8 +20,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from factpatch.edits import Edit, LabelledProbe, Probe
-from factpatch.lm import LM, BaseLM
+from factpatch.lm import LM, Attachable, BaseLM
 from factpatch.lm.predictions import Prediction, predict, target_logprobs
+from factpatch.lm.tokens import Encoded
 from factpatch.lm.writing import Noting
 from factpatch.scoring.failures import FailureMode, failure_mode
 from factpatch.scoring.metrics import (
@@ -44,6 +45,9 @@ Way = Literal["freely", "briefly", "shown", "weighed"]
 """How a probe is put: the model answers, or answers in a few words; is shown the first answer; or weighs all of them."""
 
 _CHANGED = frozenset({"edit", "rephrase"})
+
+ROOM = 1 << 28
+"""Bytes that distributions may take until they are compared; those before and after take it twice."""
 
 
 class Ask(NamedTuple):
@@ -94,11 +98,13 @@ class Protocol(ABC):
         chat: bool,
         lanes: Sequence[int] | None = None,
         compared: Collection[Ask] = (),
+        beneath: Sequence[Attachable] = (),
     ) -> list[Seen | None]:
         """What the model does with each; None where it cannot be asked in this protocol.
 
         lanes     which lane each is for, inside `LM.side_by_side`
         compared  those whose answers will be compared with the unpatched model's in every measure there is
+        beneath   patches that count as part of the unpatched model
         """
 
     def cannot_judge(self, edit: Edit, labelled: LabelledProbe) -> str:  # noqa: ARG002
@@ -161,6 +167,7 @@ class OpenProtocol(Protocol):
         chat: bool,
         lanes: Sequence[int] | None = None,
         compared: Collection[Ask] = (),
+        beneath: Sequence[Attachable] = (),  # noqa: ARG002
     ) -> list[Seen | None]:
         """Let the model answer."""
         prompts = [ask.probe.prompt for ask in asks]
@@ -266,63 +273,31 @@ class SurveyProtocol(Protocol):
         chat: bool,
         lanes: Sequence[int] | None = None,
         compared: Collection[Ask] = (),
+        beneath: Sequence[Attachable] = (),
     ) -> list[Seen | None]:
         """A probe without answers cannot be asked, unless the model is to answer itself."""
         seen: list[Seen | None] = [None] * len(asks)
-        ways = {"briefly": self._briefly, "shown": self._shown, "weighed": self._weighed}
+        ways: dict[Way, Callable[..., list[Seen]]] = {
+            "briefly": self._briefly,
+            "shown": self._shown,
+            "weighed": partial(_weighed, compared=compared, beneath=beneath),
+        }
         for way, observe in ways.items():
             places = [i for i, ask in enumerate(asks) if ask.way == way and (ask.probe.answers or way == "briefly")]
             if places:
                 own = None if lanes is None else [lanes[i] for i in places]
-                for i, one in zip(places, observe(lm, [asks[i] for i in places], chat, own, compared), strict=True):
+                for i, one in zip(places, observe(lm, [asks[i] for i in places], chat=chat, lanes=own), strict=True):
                     seen[i] = one
         return seen
 
-    def _briefly(
-        self,
-        lm: LM,
-        asks: Sequence[Ask],
-        chat: bool,
-        lanes: Sequence[int] | None,
-        compared: Collection[Ask],  # noqa: ARG002
-    ) -> list[Seen]:
+    def _briefly(self, lm: LM, asks: Sequence[Ask], *, chat: bool, lanes: Sequence[int] | None) -> list[Seen]:
         prompts = [ask.probe.prompt for ask in asks]
         return [Seen(text) for text in lm.answer(prompts, chat=chat, max_new=self.longest, lanes=lanes)]
 
-    def _shown(
-        self,
-        lm: LM,
-        asks: Sequence[Ask],
-        chat: bool,
-        lanes: Sequence[int] | None,
-        compared: Collection[Ask],  # noqa: ARG002
-    ) -> list[Seen]:
+    def _shown(self, lm: LM, asks: Sequence[Ask], *, chat: bool, lanes: Sequence[int] | None) -> list[Seen]:
         prompts, targets = [ask.probe.prompt for ask in asks], [ask.probe.answers[0] for ask in asks]
         found = predict(lm, lm.encode(prompts, targets, chat=chat, lanes=lanes))
         return [Seen(lm.tokens.decode(one.best).strip(), one.best, one.target) for one in found]
-
-    def _weighed(
-        self,
-        lm: LM,
-        asks: Sequence[Ask],
-        chat: bool,
-        lanes: Sequence[int] | None,
-        compared: Collection[Ask],
-    ) -> list[Seen]:
-        counts = [len(ask.probe.answers) for ask in asks]
-        prompts = [ask.probe.prompt for ask, n in zip(asks, counts, strict=True) for _ in range(n)]
-        replies = [reply for ask in asks for reply in ask.probe.answers]
-        own = None if lanes is None else [lane for lane, n in zip(lanes, counts, strict=True) for _ in range(n)]
-        found = predict(lm, lm.encode(prompts, replies, chat=chat, lanes=own))
-        parts = [slice(*ends) for ends in pairwise(accumulate(counts, initial=0))]
-        is_patched = lanes is not None or bool(lm.patches)
-        apart = [
-            _divergence(lm, prompts[part], replies[part], chat=chat, lanes=None if own is None else own[part])
-            if is_patched and ask in compared
-            else None
-            for ask, part in zip(asks, parts, strict=True)
-        ]
-        return [_weights(lm, found[part], kl) for part, kl in zip(parts, apart, strict=True)]
 
     def correct(self, edit: Edit, labelled: LabelledProbe, seen: Seen, before: Seen, *, chat: bool) -> float:  # noqa: ARG002
         """Agreement with the target's tokens; or `sentiment_shift`; or 1 or 0."""
@@ -355,14 +330,56 @@ class SurveyProtocol(Protocol):
         return {"sentiment": sentiment, "topic": topic}
 
 
-def _divergence(
-    lm: LM, prompts: Sequence[str], replies: Sequence[str], *, chat: bool, lanes: Sequence[int] | None
-) -> float:
-    """Mean over replies of the mean over their tokens of KL(unpatched || patched), in nats."""
-    after = dict(target_logprobs(lm, lm.encode(prompts, replies, chat=chat, lanes=lanes)))
-    with lm.unpatched():
-        before = dict(target_logprobs(lm, lm.encode(prompts, replies, chat=chat)))
-    return fmean(fmean(divergence(b, a) for b, a in zip(before[i], after[i], strict=True)) for i in range(len(replies)))
+def _weighed(
+    lm: LM,
+    asks: Sequence[Ask],
+    *,
+    chat: bool,
+    lanes: Sequence[int] | None,
+    compared: Collection[Ask],
+    beneath: Sequence[Attachable],
+) -> list[Seen]:
+    texts = _with_answers(lm, asks, chat=chat, lanes=lanes)
+    found = iter(predict(lm, [text for own in texts for text in own]))
+    is_patched = lanes is not None or [*map(id, lm.patches)] != [*map(id, beneath)]
+    wanted = [i for i, ask in enumerate(asks) if is_patched and ask in compared]
+    apart: dict[int, float] = {}
+    for some in _held_at_once(lm, {i: texts[i] for i in wanted}):
+        # Patches are taken off once for all of these: of a long stack that takes longer than the passes.
+        after = [dict(target_logprobs(lm, texts[i])) for i in some]
+        with lm.unpatched(), lm.patched(*beneath):
+            base = _with_answers(lm, [asks[i] for i in some], chat=chat, lanes=None)
+            before = [dict(target_logprobs(lm, own)) for own in base]
+        apart |= dict(zip(some, map(_divergence, before, after), strict=True))
+    return [_weights(lm, [next(found) for _ in own], apart.get(i)) for i, own in enumerate(texts)]
+
+
+def _with_answers(lm: LM, asks: Sequence[Ask], *, chat: bool, lanes: Sequence[int] | None) -> list[list[Encoded]]:
+    """For each of these, its prompt with each of its answers."""
+    each = [(ask.probe.prompt, answer, i) for i, ask in enumerate(asks) for answer in ask.probe.answers]
+    prompts, answers, whose = zip(*each, strict=True)
+    texts = iter(lm.encode(prompts, answers, chat=chat, lanes=None if lanes is None else [lanes[i] for i in whose]))
+    return [[next(texts) for _ in ask.probe.answers] for ask in asks]
+
+
+def _held_at_once(lm: LM, texts: Mapping[int, Sequence[Encoded]]) -> Iterator[list[int]]:
+    """In turns, with as many distributions before the texts' targets as have room, or those of one."""
+    each = 4 * len(lm.anatomy.head.weight)
+    some: list[int] = []
+    held = 0
+    for i, own in texts.items():
+        size = each * sum(len(text.target_ids) for text in own)
+        if some and held + size > ROOM:
+            yield some
+            some, held = [], 0
+        some, held = [*some, i], held + size
+    if some:
+        yield some
+
+
+def _divergence(before: Mapping[int, Tensor], after: Mapping[int, Tensor]) -> float:
+    """Mean over texts of the mean over their tokens of KL(before || after), in nats."""
+    return fmean(fmean(divergence(b, a) for b, a in zip(before[i], after[i], strict=True)) for i in sorted(before))
 
 
 def _weights(lm: LM, found: Sequence[Prediction], kl: float | None) -> Seen:

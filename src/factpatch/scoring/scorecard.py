@@ -24,11 +24,11 @@ Value = Callable[["ProbeScore"], float | None]
 class ProbeScore(BaseModel):
     """One probe under one protocol.
 
-    before, after    from 0 to 1, of fluency bits; None if it could not be scored, and `unscored` says why. Locality
-                     compares two moments, so it has no `before`.
-    measures         what else the protocol says of the answer after the edit, by name
-    said_before/_after  what the model gave
-    failure          of a wrong free answer: what kind it is
+    before, after  from 0 to 1, or bits of fluency; None if it could not be scored, and `unscored` says why. Locality is
+                   itself a comparison of the two moments, so it has no `before`
+    measures       what else the protocol says of the answer after the edit, by name
+    said_before, said_after  what the model gave
+    failure        of a wrong free answer: what kind it is
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,9 +51,9 @@ class ProbeScore(BaseModel):
 class Summary(BaseModel):
     """The numbers of one protocol. None where nothing could be scored.
 
-    edit_success, rephrase  mean over edits of the mean over their probes
-    portability, locality   mean over kinds, then over edits that have any
-    fluency                 bits; the survey prints it times 100
+    edit_success, rephrase  of each edit the mean over its probes; of these the mean over edits
+    portability, locality   of each edit the mean over its probes of a kind, then over kinds; of these the mean over edits
+    fluency                 bits, mean over edits; the survey prints it times 100
     *_before                the same for the unedited model
     by_kind                 `portability/<kind>` and `locality/<kind>`, mean over edits that have the kind
     measures                `<role>/<name>`: the protocol's other measures, averaged as the scores are
@@ -85,10 +85,13 @@ class Summary(BaseModel):
 class Scorecard(BaseModel):
     """All probe scores of some edits, and how long it took.
 
-    retained       questions that were to be answered as before, where any were asked
-    chat           whether prompts were put into the chat template
-    fit_seconds    wall time of making the patches; None if they were made elsewhere
-    score_seconds  wall time of asking the patched model; `baseline_seconds` of asking the unpatched one
+    versions          of the protocols
+    chat              whether prompts were put into the chat template
+    scores            a row for each probe under each protocol
+    retained          what came of the questions that were to be answered as before, if any were asked
+    fit_seconds       wall time of making the patches; None if they were made elsewhere
+    score_seconds     wall time of asking the patched model
+    baseline_seconds  wall time of asking the unpatched model whatever was not known of it yet
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -258,7 +258,14 @@ class Scorer:
             progress(doing, step, steps)
             asked = [(i, ask) for i, group in enumerate(groups) for ask in group.asks[protocol.name]]
             own = [i for i, _ in asked] if lanes else None
-            seen = protocol.observe(self.lm, [ask for _, ask in asked], chat=self.chat, lanes=own, compared=compared)
+            seen = protocol.observe(
+                self.lm,
+                [ask for _, ask in asked],
+                chat=self.chat,
+                lanes=own,
+                compared=compared,
+                beneath=self.beneath,
+            )
             for (i, ask), one in zip(asked, seen, strict=True):
                 answers[i].asked[protocol.name, ask] = one
             if kept is not None:

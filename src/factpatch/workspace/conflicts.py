@@ -27,44 +27,9 @@ BLOCKING: frozenset[ConflictKind] = frozenset({"duplicate", "contradiction", "re
 OVERLAP = 0.25
 """Shares below it are not told: patches of one method often touch one matrix, and small overlaps are harmless."""
 
-_EMPTY_WORDS = frozenset(
-    [
-        "is",
-        "was",
-        "are",
-        "were",
-        "be",
-        "been",
-        "do",
-        "does",
-        "did",
-        "what",
-        "which",
-        "who",
-        "whom",
-        "whose",
-        "where",
-        "when",
-        "how",
-        "of",
-        "in",
-        "on",
-        "at",
-        "by",
-        "to",
-        "for",
-        "from",
-        "s",
-        "it",
-        "its",
-        "that",
-        "this",
-        "can",
-        "you",
-        "tell",
-        "me",
-        "please",
-    ]
+_EMPTY_WORDS = (
+    "is was are were be been do does did what which who whom whose where when how "
+    "of in on at by to for from s it its that this can you tell me please"
 )
 
 
@@ -117,7 +82,7 @@ class Conflict(BaseModel):
                 f"overlap with {where}: {self.parameter}, {100 * (self.share or 0):.0f} % of the directions are shared"
             )
         return (
-            f'{self.kind} of edit "{self.earlier}" in {where}: "{self.earlier_prompt}" → "{self.earlier_target}", '
+            f'{self.kind} of {where}: "{self.earlier_prompt}" → "{self.earlier_target}", '
             f'now "{self.prompt}" → "{self.target}"'
         )
 
@@ -185,7 +150,7 @@ def _relation(edit: Edit, subjects: Sequence[str]) -> frozenset[str]:
         return frozenset()
     subject = normalise(edit.subject or max(there, key=len))
     rest = f" {normalise(edit.prompt)} ".replace(f" {subject} ", " ").replace(f" {subject}s ", " ")
-    return frozenset(rest.split()) - _EMPTY_WORDS
+    return frozenset(rest.split()) - {*_EMPTY_WORDS.split()}
 
 
 def _overlap(standing: Standing, patch: WeightPatch) -> Conflict | None:

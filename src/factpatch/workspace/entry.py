@@ -17,6 +17,8 @@ from factpatch.scoring import ScoreRole
 
 __all__ = ["Action", "Entry", "Place", "Regression", "replay"]
 
+_LOOK = "  See what else is wrong: factpatch verify"
+
 Action = Literal["init", "accept", "revert"]
 PatchId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16}$")]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -48,7 +50,8 @@ class Regression(_Value):
     def says(self) -> str:
         """In a line."""
         wanted = " or ".join(self.expected)
-        return f'entry {self.number}, edit "{self.edit}": "{self.prompt}" wants "{wanted}": "{self.before}" → "{self.after}"'
+        was = f' instead of "{self.before}"' if self.before else ""
+        return f'entry {self.number}: "{self.prompt}" wants "{wanted}", and gives "{self.after}"{was}'
 
 
 class Entry(_Value):
@@ -120,8 +123,10 @@ def replay(entries: Iterable[Entry]) -> tuple[Place, ...]:
         elif entry.action == "revert":
             kept = [place for place in stack if place.number != entry.reverts]
             if len(kept) == len(stack) or entry.replaced.keys() - {place.patch for place in kept}:
-                raise PatchError(f"entry {entry.number}: takes out or replaces a patch that is not in the stack.")
+                raise PatchError(
+                    f"entry {entry.number}: takes out or replaces a patch that is not in the stack.\n{_LOOK}"
+                )
             stack = [Place(place.number, entry.replaced.get(place.patch, place.patch)) for place in kept]
         elif entry.action == "accept" or entry.number != 1:
-            raise PatchError(f"entry {entry.number}: says no patch, or begins the ledger again.")
+            raise PatchError(f"entry {entry.number}: says no patch, or begins the ledger again.\n{_LOOK}")
     return tuple(stack)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from factpatch.commands import typed_in
 from factpatch.edits import first_problem
 from factpatch.errors import PatchError
 from factpatch.files import whole_file
@@ -23,10 +24,12 @@ class Damage:
 
     path     within the workspace
     problem  what is wrong with it
+    then     what to do about it
     """
 
     path: str
     problem: str
+    then: str = ""
 
     def __str__(self) -> str:
         return f"{self.path}: {self.problem}"
@@ -40,12 +43,14 @@ class Ledger:
     last     the number of the last entry, readable or not
     good     how many from the first on are sound and follow one another
     damage   the files that are not, named
+    folder   of the workspace
     """
 
     entries: tuple[Entry, ...]
     last: int
     good: int
     damage: tuple[Damage, ...] = ()
+    folder: Path = Path()
 
     @property
     def head(self) -> Entry:
@@ -62,7 +67,8 @@ class Ledger:
                 "the ledger is empty: making the workspace was broken off.\n  Make it again: factpatch init DIR"
             )
         if at is not None and not 1 <= at <= self.last:
-            raise PatchError(f"entry {at}: there is none; the ledger has 1 to {self.last}.\n  See them: factpatch log")
+            see = typed_in(self.folder, "log")
+            raise PatchError(f"entry {at}: there is none; the ledger has 1 to {self.last}.\n  See them: {see}")
         wanted = at or self.last
         if wanted > self.good or (at is None and self.damage):
             raise PatchError(
@@ -100,14 +106,14 @@ def read_ledger(folder: Path) -> Ledger:
             try:
                 replay([*entries, found])
             except PatchError as error:
-                found = str(error)
+                found = str(error).splitlines()[0]
         if not isinstance(found, Entry):
             damage.append(Damage(entry_file(number), found))
             continue
         entries.append(found)
         known[number] = found.hash
         good += good == number - 1
-    return Ledger(tuple(entries), max(paths, default=0), good, tuple(damage))
+    return Ledger(tuple(entries), max(paths, default=0), good, tuple(damage), folder)
 
 
 def append(folder: Path, entry: Entry) -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import getpass
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self, cast
 
+from factpatch.commands import typed_in
 from factpatch.edits import Edit, Probe
 from factpatch.errors import BadPatch, PatchError, UnknownModel, WrongBase
-from factpatch.files import sha256_of, whole_folder
+from factpatch.files import json_ready, sha256_of, whole_folder
 from factpatch.gate import AutoChoice, Gate, Judgement, Requirement, choose
 from factpatch.gate.auto import Attempt, attempt
 from factpatch.lm import LM, load
@@ -26,13 +28,14 @@ from factpatch.workspace.conflicts import Conflict, Standing, conflicts
 from factpatch.workspace.difference import Difference, difference
 from factpatch.workspace.entry import Entry, Place, Regression
 from factpatch.workspace.ledger import Ledger
-from factpatch.workspace.review import edits_lost, losses, summary_of
+from factpatch.workspace.review import edits_lost, review, summary_of
 from factpatch.workspace.store import Pending, Settings, Store
-from factpatch.workspace.verify import CHECKOUT, Report, verify
+from factpatch.workspace.verify import CHECKOUT, Report, compare, verify
 
 __all__ = ["Outcome", "Workspace"]
 
 AUTO = "auto"
+Watch = Callable[[Sequence[Standing], Sequence[Standing]], tuple[Regression, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,7 @@ class Outcome:
     judgement    what the gate said, of a patch that was judged again
     conflicts    with what lies there
     regressions  what other patches lose by it, or would
+    held         of an accept: how many edits of earlier patches were asked again and are answered rightly as before
     """
 
     refused: str = ""
@@ -55,11 +59,26 @@ class Outcome:
     judgement: Judgement | None = None
     conflicts: tuple[Conflict, ...] = ()
     regressions: tuple[Regression, ...] = ()
+    held: int = 0
 
     @property
     def done(self) -> bool:
         """Whether it was done."""
         return not self.refused
+
+    @property
+    def waiting(self) -> Pending:
+        """The proposal, of one that was done. Raises PatchError that says why it was refused."""
+        if self.refused or self.proposal is None:
+            raise PatchError(self.refused or "this made no proposal.\n  Ask what propose or propose_patch gave.")
+        return self.proposal
+
+    @property
+    def written(self) -> Entry:
+        """The entry, of an accept or revert that was done. Raises PatchError that says why it was refused."""
+        if self.entry is None:
+            raise PatchError(self.refused or "this wrote no entry.\n  Ask what accept or revert gave.")
+        return self.entry
 
 
 class Workspace:
@@ -107,7 +126,7 @@ class Workspace:
             lm, source = model, model.name
         else:
             lm, source = load(model, dtype=dtype, device=device, progress=progress), str(model)
-        path = Path(source).expanduser()
+        path, signed = Path(source).expanduser(), _signed(author)
         settings = Settings(
             model=str(path.absolute()) if path.exists() else source,
             fingerprint=lm.fingerprint,
@@ -119,11 +138,10 @@ class Workspace:
             retain=gate.retain,
             method=method,
             config=dict(config or {}),
-            created=_now(),
+            created=signed["time"],
         )
         store = Store(Path(folder))
-        first = Entry(number=1, action="init", author=_author(author), time=settings.created, previous="")
-        store.create(settings, first)
+        store.create(settings, Entry(number=1, action="init", previous="", **signed))
         return cls(store, settings, lm, device)
 
     @classmethod
@@ -137,8 +155,7 @@ class Workspace:
         store = Store(Path(folder))
         settings = store.settings()
         first = store.ledger().entries[:1]
-        damage = store.differing(first[0].files) if first and first[0].number == 1 else []
-        if damage:
+        if first and first[0].number == 1 and (damage := store.differing(first[0].files)):
             raise PatchError(f"{store.folder / damage[0].path}: {damage[0].problem}.\n  Put the file back from a copy.")
         if lm is not None:
             _check_base(settings, lm)
@@ -173,10 +190,13 @@ class Workspace:
 
     def stack(self, at: int | None = None) -> tuple[Patch, ...]:
         """The patches that lie on the model after entry `at`, by default the last. Raises PatchError, BadPatch."""
-        ledger = self.log()
-        return tuple(standing.patch for standing in self._standing(ledger, ledger.stack(at)))
+        return tuple(standing.patch for standing in self.standing(self.log(), at))
 
-    def _standing(self, ledger: Ledger, places: Sequence[Place]) -> list[Standing]:
+    def standing(self, ledger: Ledger, at: int | None = None) -> list[Standing]:
+        """The same as a ledger has it that was read before, each with the number of its entry."""
+        return self._laid(ledger, ledger.stack(at))
+
+    def _laid(self, ledger: Ledger, places: Sequence[Place]) -> list[Standing]:
         return [Standing(place.number, self.store.patch(ledger, place.patch)) for place in places]
 
     def propose(
@@ -185,6 +205,8 @@ class Workspace:
         method: str | None = None,
         config: Mapping[str, Any] | None = None,
         *,
+        minutes: float | None = None,
+        watch: Callable[[Attempt], None] | None = None,
         allow_conflicts: bool = False,
         author: str | None = None,
         message: str = "",
@@ -193,20 +215,18 @@ class Workspace:
         """Make a patch on top of the stack and ask the gate; one that is let through waits to be accepted.
 
         method, config   by default the workspace's; "auto" for the cheapest that passes
+        minutes, watch   of "auto": how long it may take, and what each attempt is told to; see `choose`
         allow_conflicts  do so even if an edit is there already, or contradicts or takes back one that is
 
         Raises what making the patch raises, PatchError, OutputError.
         """
-        ledger = self.log()
-        stack = self._standing(ledger, ledger.stack())
-        found = conflicts(stack, edits)
-        if refused := _blocked(found, allow_conflicts=allow_conflicts):
-            return Outcome(refused, conflicts=found)
-        lm = self.model(progress)
         given = config if config is not None or method is not None else self.settings.config
-        with lm.unpatched(), lm.patched(*(standing.patch for standing in stack)):
-            choice = self._make(lm, edits, method or self.settings.method, given or {}, progress)
-        return self._kept(ledger, stack, choice, allow_conflicts, author, message, progress)
+
+        def made(lm: LM) -> AutoChoice:
+            own = method or self.settings.method
+            return self._make(lm, edits, own, given or {}, progress, minutes=minutes, watch=watch)
+
+        return self._propose(edits, None, made, author, message, progress, allow_conflicts=allow_conflicts)
 
     def propose_patch(
         self,
@@ -218,56 +238,71 @@ class Workspace:
         progress: Progress = silent,
     ) -> Outcome:
         """The same with a patch that was made elsewhere. Raises WrongBase for one of another model."""
-        ledger = self.log()
-        stack = self._standing(ledger, ledger.stack())
-        lm = self.model(progress)
-        patch.check_base(lm)
-        found = conflicts(stack, patch.provenance.edits, patch)
-        if refused := _blocked(found, allow_conflicts=allow_conflicts):
-            return Outcome(refused, conflicts=found)
-        with lm.unpatched(), lm.patched(*(standing.patch for standing in stack)):
-            judgement = self.gate.judge(lm, patch.provenance.edits, patch, progress)
-        choice = AutoChoice((Attempt(patch.provenance.method, judgement),), patch if judgement.passed else None)
-        return self._kept(ledger, stack, choice, allow_conflicts, author, message, progress)
+        source = patch.provenance
+        patch.check_base(self.model(progress))
+
+        def judged(lm: LM) -> AutoChoice:
+            judgement = self.gate.judge(lm, source.edits, patch, progress)
+            return AutoChoice((Attempt(source.method, judgement),), patch if judgement.passed else None)
+
+        return self._propose(source.edits, patch, judged, author, message, progress, allow_conflicts=allow_conflicts)
 
     def _make(
-        self, lm: LM, edits: Sequence[Edit], method: str, config: Mapping[str, Any], progress: Progress
+        self,
+        lm: LM,
+        edits: Sequence[Edit],
+        method: str,
+        config: Mapping[str, Any],
+        progress: Progress,
+        *,
+        minutes: float | None = None,
+        watch: Callable[[Attempt], None] | None = None,
     ) -> AutoChoice:
         """A patch for the model as it stands, and what the gate says."""
         own = dict(config) | ({"chat": True} if self.settings.chat else {})
         if method == AUTO:
-            return choose(lm, edits, self.gate, settings=own, progress=progress)
+            return choose(lm, edits, self.gate, settings=own, progress=progress, minutes=minutes, watch=watch)
         return attempt(lm, edits, self.gate, create(method, own), progress)
 
-    def _kept(
+    def _propose(
         self,
-        ledger: Ledger,
-        stack: Sequence[Standing],
-        choice: AutoChoice,
-        allow_conflicts: bool,
+        edits: Sequence[Edit],
+        patch: Patch | None,
+        choose_on: Callable[[LM], AutoChoice],
         author: str | None,
         message: str,
         progress: Progress,
+        *,
+        allow_conflicts: bool,
     ) -> Outcome:
+        """Keep what `choose_on` gives for the model as it stands, unless conflicts or the gate speak against it."""
+        ledger = self.log()
+        stack = self.standing(ledger)
+        found = conflicts(stack, edits, patch)
+        if refused := _blocked(found, self.store.folder, allow_conflicts=allow_conflicts):
+            return Outcome(refused, conflicts=found)
+        lm = self.model(progress)
+        with lm.unpatched(), lm.patched(*(standing.patch for standing in stack)):
+            choice = choose_on(lm)
         patch, judgement = choice.patch, choice.judgement
         if patch is None or judgement is None:
             told = choice.attempts[0].says if len(choice.attempts) == 1 else choice.says
-            return Outcome(f"the gate: {told}", choice=choice)
-        edits = patch.provenance.edits
+            then = (
+                "" if choice.hopeless else choice.advice or "Try other settings, or another method: factpatch methods"
+            )
+            return Outcome(f"the gate: {told}" + (f"\n  {then}" if then else ""), choice=choice)
         found = conflicts(stack, edits, patch)
         patch = patch.with_scorecard(judgement.record())
         pending = Pending(
             number=1,
             on=ledger.head.hash,
-            author=_author(author),
-            time=_now(),
-            message=message,
             patch=patch.id,
             method=patch.provenance.method,
-            edits=tuple((edit.prompt, edit.target) for edit in edits),
+            edits=tuple((edit.prompt, edit.target) for edit in patch.provenance.edits),
             scores=summary_of(judgement.scorecard),
-            judgement=_finite(judgement.to_json()),
+            judgement=json_ready(judgement.to_json()),
             conflicts=found if allow_conflicts else tuple(each for each in found if not each.blocks),
+            **_signed(author, message),
         )
         with self.store.writing(progress) as now:
             kept = self.store.propose(now, pending, patch)
@@ -275,14 +310,16 @@ class Workspace:
 
     def accept(
         self,
-        number: int,
+        number: int | None = None,
         *,
         allow_conflicts: bool = False,
         author: str | None = None,
         message: str = "",
         progress: Progress = silent,
     ) -> Outcome:
-        """Lay a proposal on the stack for good.
+        """Lay a proposal on the stack for good; by default the only one that waits.
+
+        message  kept below the proposal's own
 
         If the stack is another than it was made on, it is judged again there, and may be refused. Edits of earlier patches
         are asked again; what they lose is written into the entry. Conflicts that were not allowed when it was proposed have
@@ -290,12 +327,13 @@ class Workspace:
         """
         lm = self.model(progress)
         with self.store.writing(progress) as ledger:
-            pending, patch = self.store.proposal(number)
-            stack = self._standing(ledger, ledger.stack())
+            pending, patch = self.store.proposal(ledger, number or self.store.only_waiting(ledger))
+            number = pending.number
+            stack = self.standing(ledger)
             beneath = [standing.patch for standing in stack]
             found = conflicts(stack, patch.provenance.edits, patch)
             new = [each for each in found if each not in pending.conflicts]
-            if refused := _blocked(new, allow_conflicts=allow_conflicts):
+            if refused := _blocked(new, self.store.folder, allow_conflicts=allow_conflicts):
                 return Outcome(refused, proposal=pending, conflicts=found)
             scores, judgement = pending.scores, None
             if pending.on != ledger.head.hash:
@@ -305,13 +343,27 @@ class Workspace:
                 if not judgement.passed:
                     failed = "; ".join(finding.says for finding in judgement.verdict.failed)
                     told = f"the gate, asked again since the stack has changed: {failed}"
+                    away = typed_in(self.store.folder, "discard", number)
+                    told += f"\n  Make the edit anew, factpatch propose, and throw this one away: {away}"
                     return Outcome(told, proposal=pending, judgement=judgement, conflicts=found)
-            lost = losses(lm, beneath, [*beneath, patch], stack, chat=self.settings.chat, progress=progress)
-            entry = self._entry(
-                ledger, "accept", author, message or pending.message, patch=patch.id, proposal=number, scores=scores
-            )
-            entry = self.store.commit(ledger, entry.model_copy(update={"regressions": lost}), (patch,))
-        return Outcome(entry=entry, proposal=pending, judgement=judgement, conflicts=found, regressions=lost)
+            asked = review(lm, beneath, [*beneath, patch], stack, chat=self.settings.chat, progress=progress)
+            entry = self.store.commit(
+                ledger, [patch], action="accept", patch=patch.id, proposal=number, scores=scores,
+                regressions=asked.lost, **_signed(author, "\n".join(dict.fromkeys(filter(None, (pending.message, message))))),
+            )  # fmt: skip
+        return Outcome(
+            entry=entry,
+            proposal=pending,
+            judgement=judgement,
+            conflicts=found,
+            regressions=asked.lost,
+            held=asked.held,
+        )
+
+    def discard(self, number: int, progress: Progress = silent) -> None:
+        """Throw away a proposal that waits, readable or not; its number is not given again. Raises PatchError, OutputError."""
+        with self.store.writing(progress) as ledger:
+            self.store.discard(ledger, number)
 
     def revert(
         self,
@@ -327,59 +379,78 @@ class Workspace:
 
         Edits of later patches are asked without it. If one is lost the revert is refused, unless it can be made anew
         (`refit`: each patch that lost one, in order, before the gate), or shall be lost (`force`: it is written into the
-        entry). Of a patch that is damaged, and so cannot be laid on, later edits count as answered rightly until now.
+        entry). Where it is damaged, and so cannot be laid on, later edits count as answered rightly until now. Where others
+        are too, it takes `force`; then the sound ones alone are asked, and none is made anew.
         Raises PatchError, BadPatch, OutputError.
         """
         lm = self.model(progress)
         with self.store.writing(progress) as ledger:
             places = ledger.stack()
-            at = _find(ledger, places, number)
+            at = _find(ledger, places, number, self.store.folder)
             try:
                 lost, made, refused = self._without(lm, ledger, places, at, progress, refit=refit)
             except BadPatch:
                 if not force:
                     raise
-                lost, made, refused = (), {}, ""  # others are damaged too: nothing can be asked
+                below, later = self._sound(ledger, places[:at]), self._sound(ledger, places[at + 1 :])
+                lost, made, refused = self._watch(lm, None, progress)(below, later), {}, ""
             if refused and not force:
                 return Outcome(refused, regressions=lost)
-            entry = self._entry(ledger, "revert", author, message, patch=places[at].patch, reverts=number)
-            update = {"regressions": lost, "replaced": {old: new.id for old, new in made.items()}}
-            entry = self.store.commit(ledger, entry.model_copy(update=update), tuple(made.values()))
+            entry = self.store.commit(
+                ledger, made.values(), action="revert", patch=places[at].patch, reverts=number, regressions=lost,
+                replaced={old: new.id for old, new in made.items()}, **_signed(author, message),
+            )  # fmt: skip
         return Outcome(entry=entry, regressions=lost)
 
     def _without(
         self, lm: LM, ledger: Ledger, places: Sequence[Place], at: int, progress: Progress, *, refit: bool
     ) -> tuple[tuple[Regression, ...], dict[str, Patch], str]:
         """What later patches lose without the one at `at`; those made anew, by the id each had; and what speaks against it."""
-        below, later = self._standing(ledger, places[:at]), self._standing(ledger, places[at + 1 :])
+        below, later = self._laid(ledger, places[:at]), self._laid(ledger, places[at + 1 :])
         try:
             own = self.store.patch(ledger, places[at].patch)
             before = [*(each.patch for each in below), own, *(each.patch for each in later)]
         except BadPatch:
             before = None
-        watch = _Watch(lm, before, self.settings.chat, progress)
-        lost = watch.lost(below, later)
-        if not edits_lost(lost):
-            return lost, {}, ""
-        if not refit:
-            return lost, {}, _depends(edits_lost(lost))
+        watch = self._watch(lm, before, progress)
+        lost = watch(below, later)
+        if not edits_lost(lost) or not refit:
+            return lost, {}, _depends(lost)
         after: list[Standing] = []
         made: dict[str, Patch] = {}
         for each in later:
-            if not edits_lost(watch.lost([*below, *after], [each])):
+            if not edits_lost(watch([*below, *after], [each])):
                 after.append(each)
                 continue
             source = each.patch.provenance
             with lm.unpatched(), lm.patched(*(standing.patch for standing in [*below, *after])):
                 choice = self._make(lm, source.edits, source.method, source.config, progress)
             if choice.patch is None or choice.judgement is None:
-                return lost, {}, f"entry {each.number} cannot be made anew without it: {choice.attempts[0].says}"
+                told = f"entry {each.number} cannot be made anew without it: {choice.attempts[0].says}"
+                return lost, {}, f"{told}\n  Take it out too, or let its edits be lost: --force"
             made[each.patch.id] = choice.patch.with_scorecard(choice.judgement.record())
             after.append(Standing(each.number, made[each.patch.id]))
-        still = watch.lost(below, after)
+        still = watch(below, after)
         if edits_lost(still):
-            return lost, {}, f"even made anew, {_depends(edits_lost(still))}"
+            return lost, {}, f"even made anew, {_depends(still)}"
         return still, made, ""
+
+    def _watch(self, lm: LM, before: Sequence[Patch] | None, progress: Progress) -> Watch:
+        """Tells what `later` patches lose with these alone on the model, against the stack `before`, as `review` has it."""
+
+        def lost(below: Sequence[Standing], later: Sequence[Standing]) -> tuple[Regression, ...]:
+            after = [each.patch for each in [*below, *later]]
+            return review(lm, before, after, later, chat=self.settings.chat, progress=progress).lost
+
+        return lost
+
+    def _sound(self, ledger: Ledger, places: Sequence[Place]) -> list[Standing]:
+        """Those that are not damaged."""
+        found = []
+        for place in places:
+            with suppress(BadPatch):
+                found += self._laid(ledger, [place])
+        return found
 
     def checkout(self, out: str | Path, at: int | None = None, progress: Progress = silent) -> Path:
         """Write the model as it is after entry `at`, as a plain checkpoint, with `checkout.json` that says what it is.
@@ -387,7 +458,7 @@ class Workspace:
         Raises PatchError for a patch that is no change of weights, BadPatch, OutputError.
         """
         ledger = self.log()
-        entry, patches = ledger.up_to(at)[-1], self.stack(at)
+        entry, patches = ledger.up_to(at)[-1], [standing.patch for standing in self.standing(ledger, at)]
         check_mergeable(patches)
         lm = self.model(progress)
         progress("Writing the checkpoint", 0, 1)
@@ -416,48 +487,33 @@ class Workspace:
         ask  whether the model is asked the edits that differ, and its weights are compared
         """
         ledger = self.log()
-        ends = [self._standing(ledger, ledger.stack(at)) for at in (a, b)]
-        last = ledger.up_to(b)[-1].number
-        return difference((a, ends[0]), (last, ends[1]), self.model(progress) if ask else None, chat=self.settings.chat)
+        ends = (a, self.standing(ledger, a)), (ledger.up_to(b)[-1].number, self.standing(ledger, b))
+        return difference(*ends, self.model(progress) if ask else None, chat=self.settings.chat)
 
-    def verify(self, model_folder: str | Path | None = None, progress: Progress = silent) -> Report:
+    def verify(
+        self,
+        model_folder: str | Path | None = None,
+        progress: Progress = silent,
+        *,
+        expect: str | None = None,
+        history: bool = False,
+    ) -> Report:
         """Whether all that the ledger says is there and as it was written.
 
-        model_folder  a checkpoint, made by `checkout`: whether the stack on disk gives exactly its weights
+        expect        the hash of an entry, noted earlier (`Report.head`), that the ledger must still have
+        history       whether a damaged patch counts that does not lie on the model any more
+        model_folder  a checkpoint, made by `checkout`: whether the stack on disk gives exactly its weights; looked at if
+                      nothing else is wrong
         """
-        if model_folder is None:
-            return verify(self.store)
-        return verify(self.store, Path(model_folder), self.model(progress), device=self._device, progress=progress)
-
-    def _entry(self, ledger: Ledger, action: Any, author: str | None, message: str, **more: Any) -> Entry:
-        """A draft of the next entry; the store numbers and seals it."""
-        return Entry(
-            number=ledger.last + 1,
-            action=action,
-            author=_author(author),
-            time=_now(),
-            message=message,
-            previous=ledger.head.hash,
-            **more,
-        )
+        found = verify(self.store, progress, expect=expect, history=history)
+        if model_folder is None or found.faults:
+            return found
+        lm = self.model(progress)
+        compared = compare(self.store, Path(model_folder), lm, device=self._device, progress=progress)
+        return found.model_copy(update={"model": compared})
 
 
-@dataclass(frozen=True, slots=True)
-class _Watch:
-    """What patches lose against the stack `before`; None if that cannot be laid on."""
-
-    lm: LM
-    before: Sequence[Patch] | None
-    chat: bool
-    progress: Progress
-
-    def lost(self, below: Sequence[Standing], later: Sequence[Standing]) -> tuple[Regression, ...]:
-        """By `later` patches, with these alone on the model."""
-        after = [each.patch for each in [*below, *later]]
-        return losses(self.lm, self.before, after, later, chat=self.chat, progress=self.progress)
-
-
-def _find(ledger: Ledger, places: Sequence[Place], number: int) -> int:
+def _find(ledger: Ledger, places: Sequence[Place], number: int, folder: Path) -> int:
     """Where in the stack the patch of an entry lies."""
     for i, place in enumerate(places):
         if place.number == number:
@@ -465,27 +521,41 @@ def _find(ledger: Ledger, places: Sequence[Place], number: int) -> int:
     entry = next((entry for entry in ledger.entries if entry.number == number), None)
     back = next((entry.number for entry in ledger.entries if entry.reverts == number), None)
     if entry is None:
-        raise PatchError(f"entry {number}: there is none.\n  See them: factpatch log")
+        raise PatchError(f"entry {number}: there is none.\n  See them: {typed_in(folder, 'log')}")
+    see = typed_in(folder, "list")
     if back is not None:
-        raise PatchError(f"entry {number}: was reverted already, by entry {back}.")
+        again = typed_in(folder, "propose", "--patch", folder / "patches" / str(entry.patch))
+        raise PatchError(
+            f"entry {number}: was reverted already, by entry {back}; there is nothing left to take out.\n"
+            f"  See what lies there: {see}; or bring the patch back: {again}"
+        )
     raise PatchError(
         f"entry {number}: brought no patch in ({entry.action}), so that there is nothing to take out.\n"
-        "  Name the entry of an accepted patch: factpatch list"
+        f"  Name the entry of an accepted patch: {see}"
     )
 
 
-def _blocked(found: Sequence[Conflict], *, allow_conflicts: bool) -> str:
+def _blocked(found: Sequence[Conflict], folder: Path, *, allow_conflicts: bool) -> str:
     """Why conflicts stand in the way, or an empty text."""
     blocking = [each for each in found if each.blocks]
     if allow_conflicts or not blocking:
         return ""
-    more = f" (and {len(blocking) - 1} more)" if blocking[1:] else ""
-    return f"{blocking[0].says}{more}"
+    number = blocking[0].number
+    first = "Leave one of the two out" if number is None else f"Take it out first: {typed_in(folder, 'revert', number)}"
+    return f"{blocking[0].says}{_more(blocking)}\n  {first}; or have both: --allow-conflicts"
 
 
-def _depends(lost: Sequence[Regression]) -> str:
-    more = f" (and {len(lost) - 1} more)" if lost[1:] else ""
-    return f"a later patch depends on it: {lost[0].says}{more}"
+def _depends(regressions: Sequence[Regression]) -> str:
+    """Why a patch cannot be taken out, or an empty text if no later edit is lost by it."""
+    lost = edits_lost(regressions)
+    if not lost:
+        return ""
+    then = "Have later patches made anew without it, --refit, or let them be lost, --force."
+    return f"a later patch depends on it: {lost[0].says}{_more(lost)}\n  {then}"
+
+
+def _more(found: Sequence[object]) -> str:
+    return f" (and {len(found) - 1} more)" if found[1:] else ""
 
 
 def _check_base(settings: Settings, lm: LM) -> None:
@@ -501,23 +571,11 @@ def _check_base(settings: Settings, lm: LM) -> None:
         )
 
 
-def _author(named: str | None) -> str:
-    if named:
-        return named
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user may have no name
-        return "unknown"
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _finite(value: Any) -> Any:
-    """JSON without numbers that JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and value - value != 0 else value
+def _signed(author: str | None, message: str = "") -> dict[str, Any]:
+    """What an entry or a proposal says of who made it when, and why."""
+    if not author:
+        try:
+            author = getpass.getuser()
+        except (KeyError, OSError):  # a container's user may have no name
+            author = "unknown"
+    return {"author": author, "time": datetime.now(UTC).isoformat(timespec="seconds"), "message": message}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
@@ -76,36 +77,47 @@ def in_other_words(question: Question) -> list[str]:
     return list(dict.fromkeys([*question.rephrases, *framed]))
 
 
-class Greedy(Attack):
-    """The model's own answer to the prompt: what an edit is usually judged by, and the least of all attacks."""
+class _Asking(Attack):
+    """Greedy answers to some wordings of each question, as many as the budget allows."""
 
-    name = "greedy"
-    title = "greedy answer"
     access = "answers"
-    about = "The edit's own prompt, answered greedily. One candidate."
-
-    def candidates(
-        self, lm: LM, questions: Sequence[Question], setting: Setting, progress: Progress
-    ) -> list[list[Candidate]]:
-        """One for each."""
-        progress(f"Attack: {self.title}", 0, 1)
-        return _answers(lm, [[question.prompt] for question in questions], setting)
-
-
-class Paraphrases(Attack):
-    """The rephrasing attack of Patil et al.: the edit's rephrases, and built-in frames around prompt and subject."""
-
-    name = "paraphrases"
-    title = "paraphrases"
-    access = "answers"
-    about = "Greedy answers to the edit's rephrases, then to built-in frames around its prompt and subject."
 
     def candidates(
         self, lm: LM, questions: Sequence[Question], setting: Setting, progress: Progress
     ) -> list[list[Candidate]]:
         """One for each wording."""
         progress(f"Attack: {self.title}", 0, 1)
-        return _answers(lm, [in_other_words(question) for question in questions], setting)
+        asked = [list(islice(dict.fromkeys(self.wordings(one, setting)), setting.budget)) for one in questions]
+        said = iter(lm.answer([text for own in asked for text in own], chat=setting.chat, max_new=setting.max_new))
+        return [best([Candidate(text=next(said), source=text) for text in own], setting.budget) for own in asked]
+
+    @abstractmethod
+    def wordings(self, question: Question, setting: Setting) -> Sequence[str]:
+        """What is asked for a question, the likeliest to be answered first."""
+
+
+class Greedy(_Asking):
+    """The model's own answer to the prompt: what an edit is usually judged by, and the least of all attacks."""
+
+    name = "greedy"
+    title = "greedy answer"
+    about = "The edit's own prompt, answered greedily. One candidate."
+
+    def wordings(self, question: Question, setting: Setting) -> Sequence[str]:  # noqa: ARG002
+        """The prompt alone."""
+        return [question.prompt]
+
+
+class Paraphrases(_Asking):
+    """The rephrasing attack of Patil et al.: the edit's rephrases, and built-in frames around prompt and subject."""
+
+    name = "paraphrases"
+    title = "paraphrases"
+    about = "Greedy answers to the edit's rephrases, then to built-in frames around its prompt and subject."
+
+    def wordings(self, question: Question, setting: Setting) -> Sequence[str]:  # noqa: ARG002
+        """See `in_other_words`."""
+        return in_other_words(question)
 
 
 class Samples(Attack):
@@ -143,51 +155,33 @@ class Samples(Attack):
         return [_by_frequency(own[: setting.budget], setting.budget) for own in said]
 
 
-class Languages(Attack):
+class Languages(_Asking):
     """Frames in French, German, Spanish, Italian and Portuguese around the prompt, which itself is not translated."""
 
     name = "languages"
     title = "other languages"
-    access = "answers"
     about = "Greedy answers to frames in five other languages around the prompt and its rephrases; the question itself stays."
 
-    def candidates(
-        self, lm: LM, questions: Sequence[Question], setting: Setting, progress: Progress
-    ) -> list[list[Candidate]]:
-        """One for each frame."""
-        progress(f"Attack: {self.title}", 0, 1)
-        asked = [
-            [
-                frame.format(text)
-                for text in q.wordings
-                for frame in (_ASKING_ABROAD if q.is_open else _COMPLETING_ABROAD)
-            ]
-            for q in questions
-        ]
-        return _answers(lm, asked, setting)
+    def wordings(self, question: Question, setting: Setting) -> Sequence[str]:  # noqa: ARG002
+        """Each wording in each frame."""
+        frames = _ASKING_ABROAD if question.is_open else _COMPLETING_ABROAD
+        return [frame.format(text) for text in question.wordings for frame in frames]
 
 
-class FewShot(Attack):
+class FewShot(_Asking):
     """The prompt and its rephrases after a few other facts in the same form, several times with other examples."""
 
     name = "few-shot"
     title = "few-shot prompts"
-    access = "answers"
     about = f"Greedy answers after {_DEMONSTRATIONS} examples of general knowledge in the same form; {_DRAWS} draws of examples."
 
-    def candidates(
-        self, lm: LM, questions: Sequence[Question], setting: Setting, progress: Progress
-    ) -> list[list[Candidate]]:
-        """One for each draw and wording."""
-        progress(f"Attack: {self.title}", 0, 1)
-        asked = []
-        for question in questions:
-            draw = random.Random(f"{setting.seed} {question.prompt}")  # noqa: S311 - nothing is kept secret by it
-            alike = [p for p in setting.demonstrations if p.prompt.endswith("?") == question.is_open]
-            pool = alike if len(alike) >= _DEMONSTRATIONS else list(setting.demonstrations)
-            shots = [draw.sample(pool, min(_DEMONSTRATIONS, len(pool))) for _ in range(_DRAWS)]
-            asked.append([_after(own, text) for text in question.wordings for own in shots])
-        return _answers(lm, asked, setting)
+    def wordings(self, question: Question, setting: Setting) -> Sequence[str]:
+        """Each wording after each draw."""
+        draw = random.Random(f"{setting.seed} {question.prompt}")  # noqa: S311 - nothing is kept secret by it
+        alike = [p for p in setting.demonstrations if p.prompt.endswith("?") == question.is_open]
+        pool = alike if len(alike) >= _DEMONSTRATIONS else list(setting.demonstrations)
+        shots = [draw.sample(pool, min(_DEMONSTRATIONS, len(pool))) for _ in range(_DRAWS)]
+        return [_after(own, text) for text in question.wordings for own in shots]
 
 
 def _after(demonstrations: Sequence[Probe], prompt: str) -> str:
@@ -195,13 +189,6 @@ def _after(demonstrations: Sequence[Probe], prompt: str) -> str:
     if prompt.endswith("?"):
         return "".join(f"Q: {shown.prompt}\nA: {shown.answers[0]}\n" for shown in demonstrations) + f"Q: {prompt}\nA:"
     return "".join(f"{shown.prompt} {shown.answers[0]}.\n" for shown in demonstrations) + prompt
-
-
-def _answers(lm: LM, asked: Sequence[Sequence[str]], setting: Setting) -> list[list[Candidate]]:
-    """Greedy answers, for each question to as many of its wordings as the budget allows."""
-    chosen = [list(islice(dict.fromkeys(own), setting.budget)) for own in asked]
-    said = iter(lm.answer([text for own in chosen for text in own], chat=setting.chat, max_new=setting.max_new))
-    return [best([Candidate(text=next(said), source=text) for text in own], setting.budget) for own in chosen]
 
 
 def _by_frequency(said: Sequence[tuple[str, str]], budget: int) -> list[Candidate]:

@@ -12,8 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
-
+from factpatch.analysis.base import Result
 from factpatch.edits import Edit, Probe
 from factpatch.lm import LM
 from factpatch.progress import Progress
@@ -56,7 +55,7 @@ class Question:
         return (self.prompt, *self.rephrases)
 
 
-class Candidate(BaseModel):
+class Candidate(Result):
     """One guess.
 
     text    a short answer, or one token
@@ -64,8 +63,6 @@ class Candidate(BaseModel):
     source  where it was found: what was asked, or the place in the model
     blocks  the blocks at which the token ranks as high as it does anywhere
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     text: str
     token: int | None = None

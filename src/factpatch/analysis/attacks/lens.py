@@ -17,7 +17,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from factpatch.analysis.attacks.base import Attack, Candidate, Question, Setting, best
-from factpatch.errors import AnatomyError
 from factpatch.lm import LM
 from factpatch.lm.batches import Batch, Places, by_rows, length_batches
 from factpatch.lm.hooks import reading
@@ -139,8 +138,8 @@ class UpdateProjection(_Reading):
 
     def scores(self, lm: LM, texts: Sequence[Encoded]) -> Iterator[tuple[int, str, Float[Tensor, "texts vocab"]]]:
         """Log-probabilities read off each addition; a mixture of experts has none of its own."""
-        sites = list(_updates(lm))
-        found = states(lm, [module for _, _, module in sites], texts)
+        sites = list(lm.anatomy.projections_out())
+        found = states(lm, [projection.module for _, _, projection in sites], texts)
         for (block, what, _), hidden in zip(sites, found, strict=True):
             yield block, f"{what} of block {block}", read_through_head(lm, hidden)
 
@@ -161,15 +160,6 @@ class ProbabilityDelta(_Reading):
                 yield block, f"rise in block {block}", now - before
                 yield block, f"fall in block {block}", before - now
             before = now
-
-
-def _updates(lm: LM) -> Iterator[tuple[int, str, nn.Module]]:
-    for block in range(lm.anatomy.n_layers):
-        for what, find in (("attention", lm.anatomy.attention_out), ("MLP", lm.anatomy.mlp_out)):
-            try:
-                yield block, what, find(block).module
-            except AnatomyError:  # a mixture of experts has no single projection
-                continue
 
 
 def _see(seen: dict[int, _Sighting], token: int, now: _Sighting) -> None:

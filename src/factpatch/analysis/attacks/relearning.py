@@ -18,9 +18,7 @@ from torch import Tensor
 from factpatch.analysis.attacks.asking import in_other_words
 from factpatch.analysis.attacks.base import Attack, Candidate, Question, Setting, best
 from factpatch.edits import Probe
-from factpatch.errors import AnatomyError
 from factpatch.lm import LM
-from factpatch.lm.anatomy import Projection
 from factpatch.lm.batches import by_rows, length_batches
 from factpatch.lm.hooks import replacing_output
 from factpatch.lm.tokens import Encoded
@@ -169,7 +167,7 @@ def _added(lm: LM, seed: int, *, rows: int | None) -> Iterator[list[Tensor]]:
     factors: list[Tensor] = []
     with ExitStack() as stack:
         stack.enter_context(constant_weights(lm))
-        for projection in _projections(lm):
+        for _, _, projection in lm.anatomy.projections_out():
             out, width = projection.matrix.shape
             # Drawn once and for all rows alike: what a row learns must not depend on where it stands.
             a = torch.randn(1, RANK, width, generator=generator).to(lm.device) / width**0.5
@@ -186,15 +184,6 @@ def _adding(a: Float[Tensor, "rows rank in"], b: Float[Tensor, "rows out rank"])
         return out + more.reshape(out.shape).to(out.dtype)
 
     return new
-
-
-def _projections(lm: LM) -> Iterator[Projection]:
-    for block in range(lm.anatomy.n_layers):
-        for find in (lm.anatomy.attention_out, lm.anatomy.mlp_out):
-            try:
-                yield find(block)
-            except AnatomyError:  # a mixture of experts has no single projection
-                continue
 
 
 def _looks(steps: int) -> list[int]:
