@@ -24,7 +24,7 @@ def test_a_plan_tells_what_is_needed_and_makes_nothing(model, tmp_path, monkeypa
     code, out, _ = run("edit", "--plan", "-m", model, "--method", "memit", "--set", "layers=0,2", *EDIT)
     assert code == 0
     for words in (
-        "1 edit(s) with memit on tiny",
+        "1 edit with memit on tiny",
         "model.layers.2.mlp.down_proj.weight (32 × 48, rank 1)",
         "second moments of keys of blocks 0, 2 (0.018 MB on disk): once, 16,384 tokens",
         "Optimising values",
@@ -50,7 +50,7 @@ def test_a_plan_in_json(model, facts):
 def test_without_an_edit_it_plans_for_one_short_fact(model):
     code, out, _ = run("edit", "--plan", "-m", model, "--dtype", "bfloat16")
     assert code == 0
-    assert "1 edit(s) with rome" in out
+    assert "1 edit with rome" in out
     assert "in bfloat16 on cpu" in out
 
 

@@ -48,7 +48,10 @@ def locate(
     ] = None,
     minutes: Annotated[
         float | None,
-        typer.Option(min=0, help="End at the first step after so long, loading and tracing included; what was found by then is kept."),
+        typer.Option(
+            min=0,
+            help="End at the first step after so long, loading and tracing included; what was found by then is kept.",
+        ),
     ] = None,
     trace: Annotated[bool, typer.Option(help="Ask causal tracing too, for comparison.")] = True,
     settings: opt.Settings = None,
