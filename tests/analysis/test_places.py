@@ -333,6 +333,15 @@ def test_however_few_facts_hold_related_and_unrelated_ones(triples, limit):
         assert [one for one in own if one.first] == firsts[:limit], "no others than the first where these will do"
 
 
+def test_the_third_fact_is_related_to_one_of_the_first_two():
+    def known(entity, relation, token):
+        return Wording(Fact(f"{relation} of {entity}", entity, str(token)), relation, token, first=True)
+
+    located = [known("a", "r", 1), known("b", "s", 2), known("c", "t", 3), known("a", "u", 4)]
+    assert places_alike.few(located, 2) == located[:2]
+    assert places_alike.few(located, 3) == [*located[:2], located[3]]
+
+
 def test_without_a_limit_all_are_compared(triples):
     known = known_triples(taught(), triples)
     assert places_alike.few(known, None) == places_alike.few(known, 18) == known
