@@ -195,7 +195,7 @@ BAD_EDITS = [
         ["--subject", "Oslo", "--prompt", "Rome lies in", "--target", "Peru"],
         'expected a part of the prompt, found "Oslo"',
     ),
-    (["--subject", "Rome", "--prompt", "Rome lies in", "--target", " "], '"target": expected some text, found none'),
+    (["--subject", "Rome", "--prompt", "Rome lies in", "--target", " "], '"--target": expected some text, found none'),
     (["--prompt", "Rome lies in"], '"--target": is missing.'),
     (["--prompt", "Rome lies in", "--target", "Peru"], "rome needs to know the subject"),
     ([*EDIT, "--method", "rme"], 'no method "rme". Did you mean "rome"?'),
@@ -458,20 +458,6 @@ def test_a_misspelt_field_is_named(tmp_path):
     assert '"targett"' in json.loads(out)["problem"]
 
 
-@pytest.mark.parametrize(
-    ("found", "argv", "words"),
-    [
-        (True, "/venv/bin/factpatch", "factpatch"),
-        (False, ".venv/bin/factpatch", ".venv/bin/factpatch"),
-        (False, "-c", "factpatch"),
-    ],
-)
-def test_a_command_is_told_as_it_can_be_typed(monkeypatch, found, argv, words):
-    monkeypatch.setattr(terminal.shutil, "which", lambda _: argv if found else None)
-    monkeypatch.setattr(terminal.sys, "argv", [argv])
-    assert terminal.typed("ask", "--patch", "my patch", "Why?") == f"{words} ask --patch 'my patch' 'Why?'"
-
-
 def test_a_merge_tells_scripts_what_it_wrote(model, patch, tmp_path):
     code, out, _ = run("patch", "merge", patch, "-m", model, "--out", tmp_path / "merged", "--json")
     told = json.loads(out)
@@ -524,6 +510,7 @@ def test_long_texts_stand_in_blocks_where_the_terminal_is_narrow(monkeypatch, wi
 
 INTERRUPTED = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it runs in the background ignore it
 {before}
 from factpatch.cli import main
 sys.argv = ["factpatch", *sys.argv[1:]]
@@ -548,7 +535,7 @@ sys.meta_path.insert(0, Finder())
 
 def interrupted(before, *args):
     command = [sys.executable, "-c", INTERRUPTED.format(before=before), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 
 
 @pytest.mark.parametrize(("name", "hidden"), [("typer", False), ("torch", False), ("torch", True)])
