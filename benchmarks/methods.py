@@ -266,14 +266,26 @@ def _costs(rows: list[Row], contenders: Sequence[Contender]) -> list[str]:
         f"| method | timed | {' | '.join(COSTS.values())} | published s |",
         "| --- |" + " ---: |" * (2 + len(COSTS)),
     ]
+    published, behind = _published(), []
     for contender in contenders:
-        own = [row for row in made if row["method"] == contender.method.name]
-        values = " | ".join(number(_median([row[name] for row in own]), 1) for name in COSTS)
-        theirs = ", ".join(
-            f"{r['seconds']} ({r['dataset']})" for r in _published() if r["method"] == contender.method.name
-        )
-        lines.append(f"| {contender.method.name} | {len(own)} | {values} | {theirs or '–'} |")
-    return [*lines, ""]
+        name = contender.method.name
+        own = [row for row in made if row["method"] == name]
+        medians = {cost: _median([row[cost] for row in own]) for cost in COSTS}
+        theirs = [(r["dataset"], float(r["seconds"])) for r in published if r["method"] == name]
+        cells = ", ".join(f"{seconds} ({dataset})" for dataset, seconds in theirs) or "–"
+        lines.append(f"| {name} | {len(own)} | {' | '.join(number(m, 1) for m in medians.values())} | {cells} |")
+        ours = medians["seconds"]
+        for dataset, seconds in theirs:
+            if ours is not None and round(ours, 1) > seconds:
+                behind.append(_behind(dataset, name, "seconds", f"{ours:.1f} against {seconds}"))
+    return [*lines, "", *(["What falls behind:", "", *behind, ""] if behind else [])]
+
+
+def _behind(dataset: str, method: str, score: str, numbers: str) -> str:
+    """The line of a cell that falls behind what is published, with what is said of it."""
+    remarks = tomllib.loads(REMARKS.read_text(encoding="utf-8")).get("remark", [])
+    said = [r["text"] for r in remarks if (r["dataset"], r["method"], r["score"]) == (dataset, method, score)]
+    return f"- {method}, {_title(score)}: {numbers}. {said[0] if said else 'Not explained yet.'}"
 
 
 def _published() -> list[dict[str, str]]:
@@ -284,9 +296,6 @@ def _published() -> list[dict[str, str]]:
 def _beside(dataset: Dataset, rows: list[Row]) -> list[str]:
     """Published rows for this model, each above ours on the same records; then every cell that falls behind."""
     published = [row for row in _published() if row["dataset"] == dataset.name]
-    remarks = {
-        (r["dataset"], r["method"], r["score"]): r["text"] for r in tomllib.loads(REMARKS.read_text()).get("remark", [])
-    }
     table = [f"| method | by | n | {' | '.join(map(_title, BESIDE))} |", "| --- | --- |" + " ---: |" * 4]
     behind: list[str] = []
     for row in published:
@@ -302,8 +311,7 @@ def _beside(dataset: Dataset, rows: list[Row]) -> list[str]:
         for name in BESIDE:
             ours, other = scores[name], theirs[name]
             if ours is not None and other is not None and round(ours, 3) < other:
-                said = remarks.get((dataset.name, row["method"], name), "Not explained yet.")
-                behind.append(f"- {row['method']}, {_title(name)}: {ours:.3f} against {other:.3f}. {said}")
+                behind.append(_behind(dataset.name, row["method"], name, f"{ours:.3f} against {other:.3f}"))
     if len(table) == 2:
         return []
     return [*table, "", *(["What falls behind:", "", *behind] if behind else ["Nothing falls behind."])]
