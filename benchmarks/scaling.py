@@ -78,7 +78,7 @@ def measure(lm: LM, name: str, size: int, settings: dict[str, Any] | None = None
     method.prepare(lm)
     method.fit(lm, made_up(1, seed=1))  # what is made once for a model in hand
     edits, search = made_up(size), _Search()
-    with watching_memory() as memory:
+    with watching_memory(lm.device) as memory:
         started = time.perf_counter()
         method.fit(lm, edits, search)
         if lm.device.type == "cuda":

@@ -397,7 +397,8 @@ def _moments(lm: LM, layers: Sequence[int], edits: Sequence[Edit], tokens: int =
 
 def _apart(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
     """The largest relative distance of two matrices."""
-    return max(float((o.double() - t.double()).norm() / t.double().norm()) for o, t in zip(ours, theirs, strict=True))
+    pairs = ((o.detach().double(), t.detach().double()) for o, t in zip(ours, theirs, strict=True))
+    return max(float((o - t).norm() / t.norm()) for o, t in pairs)
 
 
 def _other(ours: Sequence[Any], theirs: Sequence[Any]) -> float:

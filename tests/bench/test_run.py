@@ -10,6 +10,7 @@ from collections import deque
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from factpatch.bench import Cell, Grid, MethodSpec, Mode, Outcome, Run, Store, Worker
 from factpatch.bench.cluster import _Cluster
@@ -122,6 +123,21 @@ def test_what_is_on_record_is_not_made_again(data, tmp_path, monkeypatch):
         patched.setattr("factpatch.bench.singles.make", never)
         assert done(grid_of(data, limit=3), tmp_path / "run") == first
     assert done(grid_of(data), tmp_path / "run") == done(grid_of(data), tmp_path / "at once")
+
+
+def test_records_from_another_number_on_are_results_of_their_own(data, tmp_path):
+    first = done(grid_of(data, methods=["ice"], limit=2), tmp_path / "run")
+    both = done(grid_of(data, methods=["ice"], start=2, limit=2), tmp_path / "run")
+    assert {row["label"] for row in both} == {
+        "unedited (start=0)",
+        "unedited (start=2)",
+        "ice (start=0)",
+        "ice (start=2)",
+    }
+    with Store(tmp_path / "run", make=False) as store:
+        edits = [[edit for outcome in store.outcomes(number) for edit in outcome.edits] for number in store.cells()]
+    assert edits == [["fact-0", "fact-1"], ["fact-2", "fact-3"]]
+    assert len(both) == 2 * len(first)
 
 
 def test_all_methods_get_their_turn_on_the_first_edits(data, tmp_path):
@@ -282,11 +298,12 @@ def test_the_plan_tells_what_is_left_and_what_it_takes(data, tmp_path, monkeypat
 
 
 def test_the_peak_of_memory_is_seen():
-    with watching_memory() as memory:
+    device = torch.device("cpu")
+    with watching_memory(device) as memory:
         held = bytearray(300_000_000)
         time.sleep(0.05)
         del held
-    with watching_memory() as after:
+    with watching_memory(device) as after:
         pass
     assert memory.peak_mb - memory.start / 1e6 > 250
     assert after.peak_mb < memory.peak_mb - 200
@@ -376,3 +393,22 @@ def test_a_cluster_gives_nobody_what_another_still_prepares():
     assert [cluster._next(waiting), cluster._next(waiting)] == [other, second], "the one that waits comes last"
     cluster.prepared = [slow]
     assert cluster._next(deque([second, other])) is second
+
+
+def test_a_worker_that_died_is_given_nothing_more():
+    class Died(Exception):
+        pass
+
+    class Refused(Exception):
+        cause = None
+
+    def get(job):
+        raise Died(job)
+
+    errors = SimpleNamespace(RayError=Died, RayTaskError=Refused)
+    failed = []
+    run = SimpleNamespace(fail=lambda turn, error: failed.append(turn))
+    cluster = _Cluster(SimpleNamespace(cluster_resources=lambda: {"CPU": 2}, get=get, exceptions=errors), run, 2)
+    turn = Turn(0, MethodSpec(name="ice"), "d", {})
+    assert [cluster._take("job", turn) for _ in range(3)] == [(False, False), (False, False), (True, False)]
+    assert failed == [turn]

@@ -18,7 +18,8 @@ def lm():
 
 
 def given(lm, patch, prompt):
-    return patch.before([prompt])[0] + prompt
+    with lm.patched(patch):
+        return lm.before([prompt])[prompt] + prompt
 
 
 def test_ice_shows_every_fact_before_every_question(lm):

@@ -84,6 +84,25 @@ def test_a_near_query_of_another_target_splits_the_distance(lm):
         assert not torch.equal(logits_of(lm, A)[-1], logits_of(lm, B)[-1])
 
 
+def test_a_prompt_edited_again_is_as_if_it_had_been_edited_so_alone(lm):
+    peru, chad = edit(A, "Peru", "first"), edit(A, "Chad", "second")
+    lower = fit(lm, [peru])
+    with lm.patched(lower):
+        upper, says_peru = fit(lm, [chad]), logits_of(lm, A)
+    with lm.patched(fit(lm, [chad])):
+        says_chad = logits_of(lm, A)
+    assert not torch.equal(says_chad, says_peru)
+    batch = fit(lm, [peru, chad])
+    assert [note["codebook"] for note in batch.provenance.notes] == ["added", "replaced"]
+    assert batch.radii[1] == lower.radii[0]
+    with lm.patched(batch):
+        assert torch.equal(logits_of(lm, A), says_chad)
+    with lm.patched(lower, upper):
+        assert torch.equal(logits_of(lm, A), says_chad)
+        lm.remove(upper)
+        assert torch.equal(logits_of(lm, A), says_peru)
+
+
 def test_a_near_query_of_the_same_target_widens(lm):
     alone = fit(lm, [edit(A, "Peru")], radius=0.001)
     d = distance(lm, A, B)

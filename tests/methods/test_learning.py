@@ -139,6 +139,24 @@ def test_an_editor_says_where_it_comes_from(tmp_path):
     assert patch.provenance.config["rank"] == 4, "the settings of the training"
 
 
+def test_what_was_settled_in_the_training_cannot_be_set_beside_the_editor(tmp_path):
+    train(tmp_path / "a")
+    lm, edit, editor = tiny_lm(), tiny_edits()[:1], {"editor": str(tmp_path / "a")}
+    with pytest.raises(BadConfig, match=r"rank was settled .* as 4"):
+        create("mend", editor | {"rank": 5}).fit(lm, edit)
+    patch = create("mend", editor | {"rank": 4, "seed": 3}).fit(lm, edit)
+    again = create("mend", patch.provenance.config).fit(lm, edit)
+    assert again.id == patch.id
+
+
+def test_a_loss_that_is_no_number_ends_the_training(tmp_path, monkeypatch):
+    from factpatch.methods.mend import _HyperCourse
+
+    monkeypatch.setattr(_HyperCourse, "look", lambda *_: {"loss": float("nan")})
+    with pytest.raises(CannotEdit, match="the loss is not finite after 0 steps"):
+        train(tmp_path / "a")
+
+
 def test_what_is_wrong_with_an_editor_is_said(tmp_path):
     lm, edit = tiny_lm(), tiny_edits()[:1]
     folder = tmp_path / "a"

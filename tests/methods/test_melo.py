@@ -80,6 +80,18 @@ def test_clusters_are_added_split_and_widened():
     assert split.radii.tolist() == pytest.approx([d / 2 - 1e-5, d / 2], rel=1e-3)
 
 
+def test_a_prompt_edited_again_says_the_later_target():
+    lm = tiny_lm()
+    again = ROME.model_copy(update={"id": "again", "target": "Chad"})
+    patch = fit(lm, [ROME, again])
+    assert [n["codebook"] for n in patch.provenance.notes] == ["added", "replaced"]
+    with lm.patched(fit(lm, [again])):
+        alone = nll(lm, again)
+    with lm.patched(patch):
+        assert nll(lm, again) == pytest.approx(alone, abs=1e-4)
+        assert nll(lm, again) < nll(lm, ROME)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_near_to_a_key_the_slices_act_as_a_change_of_the_weights_and_elsewhere_nothing_does(architecture):
     lm = tiny_lm(architecture)

@@ -1,9 +1,11 @@
 """MEMIT, PMET, AlphaEdit and EMMET against their papers in plain lines."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from factpatch.errors import BadConfig
+from factpatch.errors import BadConfig, BadPatch
 from factpatch.lm.batches import Batch
 from factpatch.lm.run import input_of
 from factpatch.methods import create
@@ -165,6 +167,15 @@ def test_alphaedit_remembers_across_saving(tmp_path):
         other = method.fit(lm, [second])
     assert one.id == other.id
     assert one.id != method.fit(lm, [second]).id, "a sequence differs from an edit alone"
+
+
+def test_keys_of_another_width_are_refused_by_name():
+    lm, (first, second) = tiny_lm(), tiny_edits()
+    method = create("alphaedit", QUICK | {"layers": (1,)})
+    lower = method.fit(lm, [first])
+    ((name, keys),) = lower.state.items()
+    with lm.patched(replace(lower, state={name: keys[:, :-1]})), pytest.raises(BadPatch, match=f"{name} has shape"):
+        method.fit(lm, [second])
 
 
 def test_directions_are_orthonormal_least_used_first_and_computed_once(monkeypatch, tmp_path):

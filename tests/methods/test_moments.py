@@ -448,3 +448,14 @@ def test_factorising_leaves_the_moment_alone():
     factor = factorised(moment, 0.5)
     assert torch.equal(moment, torch.eye(4, dtype=torch.double))
     torch.testing.assert_close(factor @ factor.T, 1.5 * torch.eye(4, dtype=torch.double))
+
+
+def test_a_document_longer_than_the_model_reads_is_cut(tmp_path):
+    lm = tiny_lm()
+    assert lm.tokens.limit is not None
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("rather long " * lm.tokens.limit, encoding="utf-8")
+    config = MomentConfig(corpus=str(corpus), moment_tokens=2 * lm.tokens.limit, moment_length=2 * lm.tokens.limit)
+    rows = moments._texts(lm, config, silent)
+    assert [len(row) for row in rows] == [lm.tokens.limit] * 2
+    assert tuple(token for row in rows for token in row) == lm.tokens.ids(corpus.read_text())[: 2 * lm.tokens.limit]

@@ -1,11 +1,13 @@
 """UltraEdit and the factors of gradients, against autograd and the plain formulas."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from factpatch.errors import AnatomyError
+from factpatch.errors import AnatomyError, BadPatch, CannotEdit
 from factpatch.methods import create
 from factpatch.methods.gradients import Moments, gradients
 from factpatch.progress import silent
@@ -98,6 +100,9 @@ def test_a_sequence_normalises_by_all_edits_so_far():
     for projection, delta in expected.items():
         torch.testing.assert_close(change(upper, projection).double(), delta, rtol=2e-3, atol=1e-6)
     assert upper.id != method.fit(lm, [second]).id
+    halved = {name: moments[:2] for name, moments in lower.state.items()}
+    with lm.patched(replace(lower, state=halved)), pytest.raises(BadPatch, match="ultraedit moments of .* has shape"):
+        method.fit(lm, [second])
 
 
 @given(st.integers(0, 10_000), st.lists(st.integers(1, 6), min_size=1, max_size=4))
@@ -125,3 +130,17 @@ def test_small_steps_lower_the_loss():
     before = plain.ft_m_loss(lm.model, lm, edits)
     with lm.patched(create("ultraedit", SETTINGS | {"lr": 1e-4}).fit(lm, edits)):
         assert plain.ft_m_loss(lm.model, lm, edits) < before
+
+
+def test_one_token_at_one_module_is_refused():
+    lm, edit = tiny_lm(), tiny_edits()[0]
+    edit = edit.model_copy(update={"prompt": "Rome lies in ", "target": "x"})
+    assert len(lm.tokens.encode(edit.prompt, edit.target).target_ids) == 1
+    with pytest.raises(CannotEdit, match="one token at one module"):
+        create("ultraedit", {"layers": (1,), "part": "out"}).fit(lm, [edit])
+
+
+def test_the_order_in_which_blocks_are_named_does_not_matter():
+    lm, edits = tiny_lm(), tiny_edits()
+    one, other = (create("ultraedit", SETTINGS | {"layers": layers}).fit(lm, edits) for layers in ((1, 2), (2, 1, 2)))
+    assert one.id == other.id

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers.activations import ACT2FN
 
-from factpatch.errors import BadPatch, WrongBase
+from factpatch.data import write_jsonl
+from factpatch.errors import BadConfig, BadPatch, WrongBase
 from factpatch.lm.batches import Batch
 from factpatch.lm.predictions import predict
 from factpatch.lm.run import input_of, output_of
@@ -222,3 +223,10 @@ def test_what_is_damaged_is_said(tmp_path):
         SidePatch.from_parts(patch.provenance, patch.spec(), {})
     with pytest.raises(WrongBase, match="no such matrix"):
         lm.apply(replace(patch, site="nowhere"))
+
+
+def test_a_corpus_about_the_same_subject_alone_is_refused(tmp_path):
+    edit = tiny_edits()[0]
+    write_jsonl([edit, edit.model_copy(update={"id": "more", "prompt": "Rome is in"})], tmp_path / "rome.jsonl")
+    with pytest.raises(BadConfig, match="no edit about another subject than 'Rome'"):
+        fit(tiny_lm(), [edit], corpus=str(tmp_path / "rome.jsonl"))

@@ -32,8 +32,8 @@ def words(threshold=0.0, most=1):
 
 
 def test_all_notes_stand_before_every_question(lm):
-    before = make(lm).before(["Where?", "Who?"])
-    assert before == ["".join(note.text for note in NOTES) + "Prompt: "] * 2
+    with lm.patched(make(lm)):
+        assert set(lm.before(["Where?", "Who?"]).values()) == {"".join(note.text for note in NOTES) + "Prompt: "}
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_all_notes_stand_before_every_question(lm):
 def test_the_nearest_notes_are_read_the_nearest_last(lm, recall, question, expected):
     by_name = {"Rome": NOTES[0].text, "Oslo": NOTES[1].text, "cheese": NOTES[2].text}
     text = "".join(by_name[name] for name in expected)
-    assert make(lm, recall).before([question]) == [text + "Prompt: " if expected else ""]
+    assert [before(lm, question, make(lm, recall))] == [text + "Prompt: " if expected else ""]
 
 
 def test_similarity_is_a_cosine(lm):
@@ -70,18 +70,43 @@ def test_what_the_model_is_given_is_the_notes_then_the_question(lm):
     assert lm.tokens.decode(given.ids) == "Rome lies in Peru"
 
 
-def test_two_patches_are_read_one_after_the_other_and_come_off_by_themselves(lm):
-    before = Snapshot.of(lm)
+def before(lm, question, *patches):
+    with lm.patched(*patches):
+        return lm.before([question])[question]
+
+
+def test_two_patches_act_as_one_and_come_off_by_themselves(lm):
+    bare = Snapshot.of(lm)
     one, other = make(lm, notes=NOTES[:1]), make(lm, notes=NOTES[1:2])
     lm.apply(one)
     lm.apply(other)
     (given,) = lm.encode(["Who"])
-    assert lm.tokens.decode(given.ids) == f"{NOTES[0].text}Prompt: {NOTES[1].text}Prompt: Who"
+    assert lm.tokens.decode(given.ids) == f"{NOTES[0].text}{NOTES[1].text}Prompt: Who"
     lm.remove(one)
     (given,) = lm.encode(["Who"])
     assert lm.tokens.decode(given.ids) == f"{NOTES[1].text}Prompt: Who"
     lm.remove(other)
-    assert before.differences(lm) == []
+    assert bare.differences(lm) == []
+
+
+def test_a_stack_recalls_what_one_patch_of_all_its_notes_would(lm):
+    recall = words(0.1, 2)
+    whole, parts = make(lm, recall), [make(lm, recall, notes=(note,)) for note in NOTES]
+    for question in ("Rome lies in", "Oslo lies in", "The cheese is", "Where is Oslo? Rome lies in", "xyzzy"):
+        assert before(lm, question, *parts) == before(lm, question, whole)
+    # Those that recall otherwise speak for themselves.
+    alone = before(lm, "Rome lies in", parts[0])
+    assert before(lm, "Rome lies in", parts[0], make(lm, notes=NOTES[2:])) == f"{alone}{NOTES[2].text}Prompt: "
+
+
+def test_of_two_notes_on_one_question_the_later_is_read(lm):
+    old, new = (
+        Note(text="New Fact: Rome lies in Peru\n", topic="Rome lies in"),
+        Note(text="New Fact: Rome lies in Chad\n", topic="Rome lies in"),
+    )
+    stack = [make(lm, words(0.1, 1), notes=(note,)) for note in (old, new)]
+    assert before(lm, "Rome lies in", *stack) == f"{new.text}Prompt: "
+    assert before(lm, "Rome lies in", *reversed(stack)) == f"{old.text}Prompt: "
 
 
 def test_a_chat_holds_the_notes_in_what_the_user_says():

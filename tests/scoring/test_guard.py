@@ -118,6 +118,11 @@ def test_questions_of_ones_own(tmp_path, name, text):
     assert read_questions(tmp_path / name) == (Probe(prompt="Who?"), Probe(prompt="Where is it?"))
 
 
+def test_a_cell_holds_several_answers(tmp_path):
+    (tmp_path / "q.csv").write_text("prompt,answers\nWho?,Ann|Ann Lee\n")
+    assert read_questions(tmp_path / "q.csv") == (Probe(prompt="Who?", answers=("Ann", "Ann Lee")),)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "error", "problem"),
     [

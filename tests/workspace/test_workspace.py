@@ -80,6 +80,9 @@ def test_the_settings_of_the_workspace_are_used_unless_others_are_given(tmp_path
     assert space.propose([ROME]).choice.patch.provenance.config["seed"] == 7
     assert space.propose([ROME], "tell").choice.patch.provenance.config["seed"] == 0
     assert space.propose([ROME], config={"seed": 3}).choice.patch.provenance.config["seed"] == 3
+    told = json.dumps({"Oslo lies in": "Chad"})
+    beside = space.propose([ROME], config={"also": told}).choice.patch.provenance.config
+    assert (beside["seed"], beside["also"]) == (7, told)
 
 
 def test_a_patch_made_elsewhere_is_judged_as_any_other(space, lm):

@@ -85,8 +85,10 @@ class _Cluster:
                 continue
             (done,), _ = self.ray.wait(list(self.busy), num_returns=1)
             hand, turn = self.busy.pop(done)
-            if self._take(done, turn):
+            ended, alive = self._take(done, turn)
+            if alive:
                 self.idle.append(hand)
+            if ended:
                 left -= len(turn.units)
             else:
                 waiting.appendleft(turn)
@@ -109,8 +111,8 @@ class _Cluster:
         """A new worker; the questions to retain go along, for it may not see the file they are in."""
         return self.ray.remote(_Hand).options(**self.needs).remote(self.run.grid, self.run.worker.retain)
 
-    def _take(self, done: Any, turn: Turn) -> bool:
-        """Put what was done on record; false if the worker has died and another shall try."""
+    def _take(self, done: Any, turn: Turn) -> tuple[bool, bool]:
+        """Put what was done on record: whether the turn has ended or another worker shall try, and whether this one lives."""
         try:
             prepared, outcomes = self.ray.get(done)
         except self.ray.exceptions.RayTaskError as error:
@@ -118,13 +120,13 @@ class _Cluster:
         except self.ray.exceptions.RayError as error:
             key = (turn.cell, tuple(turn.units))
             self.tries[key] += 1
-            if self.tries[key] < TRIES:
-                return False
-            self.run.fail(turn, error)
+            if self.tries[key] == TRIES:
+                self.run.fail(turn, error)
+            return self.tries[key] == TRIES, False
         else:
             self.run.add(turn, prepared, outcomes)
             self.prepared.append(turn.spec)
-        return True
+        return True, True
 
 
 def _library() -> Any:

@@ -93,13 +93,13 @@ class Memory:
 
 
 @contextmanager
-def watching_memory() -> Iterator[Memory]:
-    """The most that this process holds meanwhile: on a GPU what PyTorch has taken of it, else resident memory."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        memory = Memory(torch.cuda.memory_allocated())
+def watching_memory(device: torch.device) -> Iterator[Memory]:
+    """The most that is held meanwhile: on a GPU what PyTorch has taken of it, else this process's resident memory."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        memory = Memory(torch.cuda.memory_allocated(device))
         yield memory
-        memory.peak = torch.cuda.max_memory_allocated()
+        memory.peak = torch.cuda.max_memory_allocated(device)
         return
     process, done = psutil.Process(), threading.Event()
     memory = Memory(process.memory_info().rss)

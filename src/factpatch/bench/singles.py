@@ -7,10 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from factpatch.bench.outcome import ALONE, Outcome, watching_memory
 from factpatch.edits import Edit
 from factpatch.errors import CannotEdit, TokenizerError
-from factpatch.lm import BaseLM
+from factpatch.lm import LM, BaseLM
 from factpatch.methods import Method
 from factpatch.patches import Patch
 from factpatch.progress import Progress, silent
@@ -48,8 +50,9 @@ def make(lm: BaseLM, method: Method[Any], edits: Sequence[Edit]) -> tuple[Patch 
     What is wrong with the model, the settings or the cache is raised.
     """
     ids, begun = tuple(edit.id for edit in edits), time.perf_counter()
+    device = lm.device if isinstance(lm, LM) else torch.device("cpu")
     try:
-        with watching_memory() as memory:
+        with watching_memory(device) as memory:
             patch = method.fit(lm, edits)
     except (CannotEdit, TokenizerError) as error:
         return None, Outcome(0, ALONE, ids, None, reason=str(error))

@@ -85,6 +85,7 @@ class Cell:
 
     settings     of the method for this model, where they differ from its defaults
     data_file    the file's name; for people
+    start        the number of the first record; edits are counted from there
     mode         how edits are put together; see `Mode`
     protocols    by name, their versions
     retain       SHA-256 of the questions that were to be answered as before; empty if there were none
@@ -106,11 +107,12 @@ class Cell:
     protocols: Mapping[ProtocolName, int]
     retain: str = ""
     judge: str = ""
+    start: int = 0
 
     def identity(self) -> str:
         """Equal for cells whose results belong together."""
         fields = {name: getattr(self, name) for name in self.__slots__ if name not in {"model", "data_file"}}
-        for name in ("retain", "judge"):
+        for name in ("retain", "judge", "start"):
             if not fields[name]:
                 del fields[name]
         return json.dumps(fields, sort_keys=True)

@@ -83,6 +83,7 @@ class Worker:
             protocols={protocol.name: protocol.version for protocol in self.scorer.protocols},
             retain=_digest(self.retain),
             judge=self.scorer.judge.name if self.scorer.judge else "",
+            start=dataset.start,
         )
 
     def prepare(self, spec: MethodSpec, progress: Progress = silent) -> float:

@@ -59,6 +59,7 @@ class Dataset(Sequence[Edit]):
     edits    what could be read
     skipped  what could not, if that was asked for
     sha256   of the file's bytes, in hex
+    start    the number of the first record that was read
     """
 
     name: str
@@ -66,6 +67,7 @@ class Dataset(Sequence[Edit]):
     edits: tuple[Edit, ...]
     skipped: tuple[BadRecord, ...]
     sha256: str
+    start: int = 0
 
     def __len__(self) -> int:
         return len(self.edits)
@@ -115,7 +117,7 @@ def read(spec: str | Path, *, skip_invalid: bool = False, start: int = 0, limit:
             skipped.append(problem)
         else:
             edits[edit.id] = edit
-    return Dataset(reader.name, source.path, tuple(edits.values()), tuple(skipped), source.sha256)
+    return Dataset(reader.name, source.path, tuple(edits.values()), tuple(skipped), source.sha256, start)
 
 
 def show(spec: str | Path, number: int) -> ShownRecord:

@@ -99,10 +99,11 @@ def _row(source: Source, number: int, header: list[str], row: list[str]) -> Reco
         problem = f"expected {len(header)} cells, as in the first line, found {len(row)}"
         return Record(number, row, partial(_refuse, source, number, problem))
     cells = {name: cell for name, cell in zip(header, row, strict=True) if cell.strip()}
-    return _record(source, number, cells | {name: _split(cells[name]) for name in _SEVERAL & cells.keys()})
+    return _record(source, number, cells | {name: split_cell(cells[name]) for name in _SEVERAL & cells.keys()})
 
 
-def _split(cell: str) -> list[str]:
+def split_cell(cell: str) -> list[str]:
+    """The texts of one cell."""
     return [text for text in cell.split("|") if text.strip()]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from factpatch.data.own import split_cell
 from factpatch.edits import Probe, brief, first_problem
 from factpatch.errors import BadFile, BadRecord
 from factpatch.files import parse_json, read_whole
@@ -56,7 +57,10 @@ def _records(path: Path, text: str) -> list[object]:
             return [{"prompt": line} for line in text.splitlines() if line.strip()]
         if form == ".csv":
             rows = csv.DictReader(io.StringIO(text))
-            return [{key: value for key, value in row.items() if value} for row in rows]
+            cells = [{key: value for key, value in row.items() if value} for row in rows]
+            return [
+                {key: split_cell(value) if key == "answers" else value for key, value in row.items()} for row in cells
+            ]
         if form == ".jsonl":
             # Not splitlines(), which would also cut at the line separators that a JSON text may hold.
             return [parse_json(line) for line in text.split("\n") if line.strip()]

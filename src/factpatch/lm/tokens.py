@@ -128,6 +128,10 @@ class Tokens:
             raise TokenizerError(f'the subject "{subject}" leaves no token of its own in "{prompt}".')
         return Encoded(ids, first, overlapping[-1], begin=overlapping[0])
 
+    def ids(self, text: str) -> tuple[int, ...]:
+        """The tokens of a text of any length, also of one that is longer than the model can read at once."""
+        return self._offsets(text, add_special=True)[0]
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of these tokens, special ones left out."""
         text = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)

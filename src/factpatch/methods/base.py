@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, ValidationError
 
 from factpatch.edits import KINDS, Edit, EditKind, first_problem
 from factpatch.errors import BadConfig, CannotEdit, did_you_mean
@@ -20,7 +20,7 @@ from factpatch.methods.needs import Needs, usual_needs
 from factpatch.patches import Patch, Provenance
 from factpatch.progress import Progress, silent
 
-__all__ = ["Config", "Layers", "Method", "Preset", "Traits", "in_own_order"]
+__all__ = ["Config", "Layers", "Method", "Preset", "Traits", "in_own_order", "told"]
 
 
 def _split(value: Any) -> Any:
@@ -28,8 +28,12 @@ def _split(value: Any) -> Any:
     return value.strip("[]() ").split(",") if isinstance(value, str) else value
 
 
-Layers = Annotated[tuple[NonNegativeInt, ...], BeforeValidator(_split), Field(min_length=1)]
-"""Numbers of blocks."""
+def _ordered(layers: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sorted(set(layers)))
+
+
+Layers = Annotated[tuple[NonNegativeInt, ...], BeforeValidator(_split), Field(min_length=1), AfterValidator(_ordered)]
+"""Numbers of blocks, each once, from the lowest up."""
 
 
 class Config(BaseModel):
@@ -204,3 +208,10 @@ class Method(ABC, Generic[C]):
 def in_own_order(edits: Iterable[Edit]) -> list[Edit]:
     """Edits sorted by what they say, for methods with which the order in which they are given must not count."""
     return sorted(edits, key=lambda edit: (edit.prompt, edit.target))
+
+
+def told(losses: Sequence[float]) -> dict[str, Any]:
+    """How a search for a smaller loss went, for a patch's notes; JSON-ready."""
+    if not losses:
+        return {"steps": 0}
+    return {"steps": len(losses), "first_loss": round(losses[0], 6), "last_loss": round(losses[-1], 6)}

@@ -9,21 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Generic, TypeVar
 
+from jaxtyping import Float
 from pydantic import Field, PositiveInt
+from torch import Tensor
 
 from factpatch.data import read
 from factpatch.edits import Edit
 from factpatch.lm import BaseLM
 from factpatch.lm.encoder import EncoderName, sentence_encoder
 from factpatch.methods.base import Config, Method, Traits, in_own_order
+from factpatch.methods.facts import ASKING, fact_of, note_of
 from factpatch.patches.context import ContextPatch, Note, Recall
 from factpatch.progress import Progress, silent
 
 __all__ = ["Ice", "Ike", "IkeConfig", "Retrieval", "RetrievalConfig"]
-
-_ASKING = "Prompt: "
 
 
 class RecallConfig(Config):
@@ -67,7 +69,7 @@ class Ice(Method[Config]):
 
     def make(self, lm: BaseLM, edits: tuple[Edit, ...], config: Config, progress: Progress) -> ContextPatch:  # noqa: ARG002
         """Write the facts down."""
-        return ContextPatch(self.provenance(lm, config, edits), _facts(edits), _ASKING)
+        return ContextPatch(self.provenance(lm, config, edits), _facts(edits), ASKING)
 
 
 class _Recalling(Method[R], Generic[R]):
@@ -89,7 +91,7 @@ class Retrieval(_Recalling[RetrievalConfig]):
         """Write the facts down, to be found by their prompts."""
         sentence_encoder(config.encoder, progress)
         recall = Recall(encoder=config.encoder, threshold=config.similarity, most=config.most)
-        return ContextPatch(self.provenance(lm, config, edits), _facts(edits), _ASKING, recall)
+        return ContextPatch(self.provenance(lm, config, edits), _facts(edits), ASKING, recall)
 
 
 class Ike(_Recalling[IkeConfig]):
@@ -105,30 +107,43 @@ class Ike(_Recalling[IkeConfig]):
         Ice.traits, paper="Zheng et al. 2023, arXiv 2305.12740", prepares="a sentence encoder, demonstrations"
     )
 
+    def prepare(self, lm: BaseLM, progress: Progress = silent) -> None:
+        """Fetch the sentence encoder, and embed the corpus."""
+        super().prepare(lm, progress)
+        config = self.resolve(lm)
+        _embedded(config.encoder, tuple(map(fact_of, _corpus(config))))
+
     def make(self, lm: BaseLM, edits: tuple[Edit, ...], config: IkeConfig, progress: Progress) -> ContextPatch:
         """Choose demonstrations for each fact."""
         encoder = sentence_encoder(config.encoder, progress)
+        corpus = _corpus(config)
+        vectors = _embedded(config.encoder, tuple(map(fact_of, corpus)))
         asked = {edit.prompt for edit in edits}
-        corpus = [edit for edit in read(config.corpus).edits if edit.prompt not in asked and edit.kind != "restyle"]
-        ordered = in_own_order(edits)
+        others = [i for i, edit in enumerate(corpus) if edit.prompt not in asked]
         notes = _facts(edits)
-        if config.demonstrations and corpus:
-            near = encoder.embed([_fact(edit) for edit in ordered]) @ encoder.embed([_fact(edit) for edit in corpus]).T
-            chosen = near.topk(min(config.demonstrations, len(corpus)), dim=1).indices.flip(1).tolist()
+        if config.demonstrations and others:
+            near = encoder.embed([fact_of(edit) for edit in in_own_order(edits)]) @ vectors[others].T
+            chosen = near.topk(min(config.demonstrations, len(others)), dim=1).indices.flip(1).tolist()
             notes = tuple(
-                note.model_copy(update={"text": _demonstrations([corpus[i] for i in row]) + note.text})
+                note.model_copy(update={"text": _demonstrations([corpus[others[i]] for i in row]) + note.text})
                 for note, row in zip(notes, chosen, strict=True)
             )
         recall = Recall(encoder=config.encoder, threshold=-1.0, most=1)
-        return ContextPatch(self.provenance(lm, config, edits), notes, _ASKING, recall)
+        return ContextPatch(self.provenance(lm, config, edits), notes, ASKING, recall)
 
 
-def _fact(edit: Edit) -> str:
-    return f"{edit.prompt} {edit.target}"
+def _corpus(config: IkeConfig) -> list[Edit]:
+    return [edit for edit in read(config.corpus).edits if edit.kind != "restyle"]
+
+
+@lru_cache(maxsize=4)
+def _embedded(encoder: EncoderName, facts: tuple[str, ...]) -> Float[Tensor, "facts width"]:
+    """The vectors of a corpus, which all edits share."""
+    return sentence_encoder(encoder).embed(facts)
 
 
 def _facts(edits: Sequence[Edit]) -> tuple[Note, ...]:
-    return tuple(Note(text=f"New Fact: {_fact(edit)}\n", topic=edit.prompt) for edit in in_own_order(edits))
+    return tuple(Note(text=note_of(edit), topic=edit.prompt) for edit in in_own_order(edits))
 
 
 _KINDS = ("copy", "update", "update", "update", "retain", "retain", "retain", "retain")
@@ -147,4 +162,4 @@ def _demonstration(edit: Edit, kind: str) -> str:
         question = edit.rephrases[0]
     elif kind == "retain" and kept:
         question, answer = kept[0].prompt, kept[0].answers[0]
-    return f"New Fact: {_fact(edit)}\n{_ASKING}{question} {answer}\n\n"
+    return f"{note_of(edit)}{ASKING}{question} {answer}\n\n"

@@ -21,7 +21,7 @@ from factpatch.edits import Edit
 from factpatch.lm import LM
 from factpatch.lm.batches import length_batches
 from factpatch.lm.hooks import replacing_output
-from factpatch.methods.base import Config, Method, Preset, Traits, in_own_order
+from factpatch.methods.base import Config, Method, Preset, Traits, in_own_order, told
 from factpatch.methods.needs import Change, Held, Needs, Stage, kept_tokens, predictions
 from factpatch.methods.targets import TargetBatch, constant_weights, with_targets
 from factpatch.patches import Dense, WeightPatch
@@ -127,8 +127,9 @@ class _FineTuning(Method[C], Generic[C]):
                     break
         progress(f"Fine-tuning block {layer}", config.steps, config.steps)
         settled = config.model_copy(update={"layer": layer})
-        note = {"steps": len(losses), "first_loss": round(losses[0], 6), "last_loss": round(losses[-1], 6)}
-        return WeightPatch.of(self.provenance(lm, settled, edits, [note]), {projection: Dense(new.detach() - old)})
+        return WeightPatch.of(
+            self.provenance(lm, settled, edits, [told(losses)]), {projection: Dense(new.detach() - old)}
+        )
 
     def _read(
         self, batch: Sequence[TargetBatch], new: Float[Tensor, "out in"], config: C
@@ -218,7 +219,7 @@ class FtL(_FineTuning[FtConfig]):
     presets = (Preset((30, 576), {"layer": 18}, "SmolLM2-135M, measured: docs/results/tuning/ft-l-layers.md"),)
 
     def batch(self, lm: LM, layer: int, edits: Sequence[Edit], config: FtConfig) -> TargetBatch:
-        """The prompt alone, read at its last position once for each target token."""
+        """Read at the prompt's last position once for each target token; what follows cannot be seen from there."""
         texts = with_targets(lm, edits, chat=config.chat)
         return TargetBatch(lm, texts, layer, [[text.target - 1] * len(text.target_ids) for text in texts])
 

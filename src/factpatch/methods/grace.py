@@ -18,7 +18,7 @@ from factpatch.lm import LM
 from factpatch.lm.anatomy import Projection
 from factpatch.lm.hooks import replacing_output
 from factpatch.lm.run import output_of
-from factpatch.methods.base import Config, Method, Preset, Traits
+from factpatch.methods.base import Config, Method, Preset, Traits, told
 from factpatch.methods.placing import key_of, placed, spacing
 from factpatch.methods.targets import TargetBatch, with_targets
 from factpatch.patches.base import Provenance
@@ -81,48 +81,36 @@ class Grace(Method[GraceConfig]):
             progress("Editing the codebook", i, len(edits))
             with lm.patched(book):
                 key = key_of(lm, projection, edit, chat=config.chat)
-                book, note = self._learn(lm, book, edit, key, radius, projection, layer, config)
-            notes.append({"edit": edit.id, **note})
+                place = placed(CodebookPatch.on(lm, book.site), key, edit.target, radius)
+            book = replace(book, radii=place.radii, moved=place.moved)
+            note: dict[str, Any] = {"edit": edit.id, "codebook": place.how}
+            if place.radius is not None:
+                with lm.patched(book):  # as it is now, so that the search starts from the module's own output
+                    value, losses = _value(lm, edit, projection, layer, config)
+                book = _with_entry(book, key, value, place.radius, edit.target)
+                note |= told(losses)
+            notes.append(note)
         progress("Editing the codebook", len(edits), len(edits))
         return replace(book, provenance=provenance.model_copy(update={"notes": tuple(notes)}))
-
-    def _learn(
-        self,
-        lm: LM,
-        book: CodebookPatch,
-        edit: Edit,
-        key: Float[Tensor, " in"],
-        radius: float,
-        projection: Projection,
-        layer: int,
-        config: GraceConfig,
-    ) -> tuple[CodebookPatch, dict[str, Any]]:
-        """Algorithm 1, and the value of a new entry."""
-        place = placed(CodebookPatch.on(lm, book.site), key, edit.target, radius)
-        book = replace(book, radii=place.radii, moved=place.moved)
-        if place.radius is None:
-            return book, {"codebook": place.how}
-        value, losses = _value(lm, edit, projection, layer, config)
-        note = {
-            "codebook": place.how,
-            "steps": len(losses),
-            "first_loss": round(losses[0], 6),
-            "last_loss": round(losses[-1], 6),
-        }
-        added = replace(
-            book,
-            keys=torch.cat([book.keys, key[None].cpu()]),
-            values=torch.cat([book.values, value[None].cpu()]),
-            radii=torch.cat([book.radii, torch.tensor([place.radius])]),
-            labels=(*book.labels, edit.target),
-        )
-        return added, note
 
 
 def _empty(provenance: Provenance, projection: Projection) -> CodebookPatch:
     out, width = projection.matrix.shape
     site = projection.parameter.removesuffix(".weight")
     return CodebookPatch(provenance, site, torch.empty(0, width), torch.empty(0), (), values=torch.empty(0, out))
+
+
+def _with_entry(
+    book: CodebookPatch, key: Float[Tensor, " in"], value: Float[Tensor, " out"], radius: float, label: str
+) -> CodebookPatch:
+    """One entry more."""
+    return replace(
+        book,
+        keys=torch.cat([book.keys, key[None].cpu()]),
+        values=torch.cat([book.values, value[None].cpu()]),
+        radii=torch.cat([book.radii, torch.tensor([radius])]),
+        labels=(*book.labels, label),
+    )
 
 
 def _value(

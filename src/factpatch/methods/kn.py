@@ -16,6 +16,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from factpatch.edits import Edit
+from factpatch.errors import CannotEdit
 from factpatch.lm import LM
 from factpatch.lm.anatomy import Projection
 from factpatch.lm.batches import Batch, Places, by_rows
@@ -80,6 +81,12 @@ class Kn(Method[KnConfig]):
             with lm.patched(WeightPatch.of(self.provenance(lm, settled, edits), changes)):
                 old, new = _answers(lm, edit, config)
                 neurons = _find(lm, edit, old, layers, prefixes, config, progress)
+                if not neurons:
+                    raise CannotEdit(
+                        f'edit "{edit.id}": kn finds no neuron that raises the probability of the old answer '
+                        f"({lm.tokens.decode([old])!r}) to {edit.prompt!r}.\n"
+                        "  Search more blocks (--set layers=…), or take another method: factpatch methods"
+                    )
                 for layer in sorted({layer for layer, _ in neurons}):
                     projection = lm.anatomy.mlp_out(layer)
                     change = _change(lm, projection, [i for at, i in neurons if at == layer], edit, old, new, config)

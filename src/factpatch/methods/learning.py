@@ -12,8 +12,9 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
@@ -72,7 +73,12 @@ class Course(ABC):
 
 
 class Learned(Method[L], ABC, Generic[L]):
-    """Base of methods whose editor is trained. A subclass writes `course` and `network` beside `make`."""
+    """Base of methods whose editor is trained. A subclass writes `course` and `network` beside `make`.
+
+    in_use  settings that do not touch the training; whoever uses an editor may choose them, and its seed and chat template
+    """
+
+    in_use: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
     def network(self, lm: LM, config: L) -> nn.Module:
@@ -97,9 +103,14 @@ class Learned(Method[L], ABC, Generic[L]):
             return network.requires_grad_(requires_grad=False), config, f"trained on {config.data}"
         editor = Editor.load(config.editor)
         editor.check(self.name, lm)
-        # Whoever uses an editor may choose the seed and the chat template; the rest was settled in its training.
-        own = {"editor": config.editor, "chat": config.chat, "seed": config.seed}
+        own = {name: getattr(config, name) for name in ("editor", "chat", "seed", *self.in_use)}
         settled = self.config_type(**{**editor.about.config, **own})
+        for name in sorted(self.config.model_fields_set - {"data"}):
+            if getattr(self.config, name) != getattr(settled, name):
+                raise BadConfig(
+                    f"{self.name}: {name} was settled when the editor in {config.editor} was trained, "
+                    f"as {getattr(settled, name)}.\n  Leave it out, or train another: factpatch train {self.name} --set {name}=…"
+                )
         network = self.network(lm, settled)
         network.load_state_dict(editor.tensors)
         return network.requires_grad_(requires_grad=False), settled, editor.id
@@ -130,7 +141,7 @@ class Learned(Method[L], ABC, Generic[L]):
             raise CannotEdit(f"{self.name}: one edit was given; an editor learns from some and is checked on others.")
         about = {
             "method": self.name,
-            "config": config.model_dump(mode="json"),
+            "config": config.model_dump(mode="json", exclude=set(self.in_use)),
             "source": source,
             "edits": len(edits),
             "edits_sha256": _hash_of(edits),
@@ -141,7 +152,7 @@ class Learned(Method[L], ABC, Generic[L]):
 
     def _cached(self, lm: LM, config: L, progress: Progress) -> dict[str, Tensor]:
         edits = read(config.data).edits
-        settings = config.model_dump(mode="json", exclude={"data", "editor"})
+        settings = config.model_dump(mode="json", exclude={"data", "editor", *self.in_use})
         key = {
             "method": self.name,
             "fingerprint": lm.fingerprint,
@@ -235,6 +246,11 @@ def _run(
         if state.step % config.check_every == 0 or state.step == config.steps:
             if not state.curve or state.curve[-1]["step"] < state.step:
                 look = {"step": float(state.step), **course.look(held)}
+                if not isfinite(look["loss"]):
+                    raise CannotEdit(
+                        f"{training.about['method']}: the loss is not finite after {state.step} steps of training.\n"
+                        "  Choose a smaller learning rate (--set lr=…)" + (", and a new folder." if folder else ".")
+                    )
                 state.curve.append(look)
                 if state.stale == 0:
                     state.best = _copy(course.network)

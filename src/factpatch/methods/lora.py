@@ -18,7 +18,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from factpatch.edits import Edit
 from factpatch.lm import LM
-from factpatch.methods.base import Config, Layers, Method, Preset, Traits, in_own_order
+from factpatch.methods.base import Config, Layers, Method, Preset, Traits, in_own_order, told
 from factpatch.methods.targets import TargetBatch, with_targets
 from factpatch.patches.adapter import AdapterPatch, adapt, peft_library
 from factpatch.progress import Progress
@@ -30,7 +30,10 @@ class AdapterConfig(Config):
     """Settings of the adapters."""
 
     layers: Layers | None = Field(default=None, description="blocks to adapt; default: all")
-    rank: PositiveInt = Field(default=8, description="of each adapter; AdaLoRA starts with it and ends at half of it")
+    rank: PositiveInt = Field(
+        default=8,
+        description="of each adapter; AdaLoRA starts with it, and ends at half of it if it trains to the last step",
+    )
     alpha: PositiveInt = Field(default=32, description="the adapter counts alpha / rank times")
     lr: PositiveFloat = Field(default=5e-3, description="learning rate of Adam")
     steps: PositiveInt = Field(default=70, description="passes over all edits, at most")
@@ -71,8 +74,7 @@ class _Adapter(Method[AdapterConfig]):
                 if total < config.stop_loss:
                     break
             progress(f"Training an adapter with {self.name}", config.steps, config.steps)
-            note = {"steps": len(losses), "first_loss": round(losses[0], 6), "last_loss": round(losses[-1], 6)}
-            return AdapterPatch.of(self.provenance(lm, settled, edits, [note]), adapted)
+            return AdapterPatch.of(self.provenance(lm, settled, edits, [told(losses)]), adapted)
 
     @abstractmethod
     def peft_config(self, config: AdapterConfig, **common: Any) -> Any:
@@ -127,7 +129,10 @@ class Dora(_Adapter):
 
 
 class AdaLora(_Adapter):
-    """AdaLoRA: `W' = W + P Λ Q` whose singular values compete, the weakest being masked as training goes on."""
+    """AdaLoRA: `W' = W + P Λ Q` whose singular values compete, the weakest being masked as training goes on.
+
+    The paper's penalty on how far P and Q are from orthogonal is left out: with a handful of edits the loss alone decides.
+    """
 
     name = "adalora"
     traits = replace(Lora.traits, paper="Zhang et al. 2023, arXiv 2303.10512", effort=50)

@@ -19,7 +19,7 @@ from factpatch.errors import BadConfig
 from factpatch.lm import LM
 from factpatch.lm.anatomy import Projection
 from factpatch.lm.hooks import replacing_output
-from factpatch.methods.base import Config, Layers, Method, Preset, Traits
+from factpatch.methods.base import Config, Layers, Method, Preset, Traits, told
 from factpatch.methods.placing import key_of, placed, spacing
 from factpatch.methods.targets import TargetBatch, with_targets
 from factpatch.patches import LowRank
@@ -92,7 +92,7 @@ class Melo(Method[MeloConfig]):
                 with lm.without(*SlicePatch.on(lm, patch.site)):
                     slices, losses = _train(lm, edit, changed, min(layers), settled)
                 patch = _with_entry(patch, key, place.radius, edit.target, slices)
-                note |= {"steps": len(losses), "first_loss": round(losses[0], 6), "last_loss": round(losses[-1], 6)}
+                note |= told(losses)
             notes.append(note)
         progress("Training slices", len(edits), len(edits))
         return replace(patch, provenance=patch.provenance.model_copy(update={"notes": tuple(notes)}))

@@ -27,6 +27,7 @@ from factpatch.lm.anatomy import Projection
 from factpatch.lm.batches import BATCH_TOKENS
 from factpatch.methods.base import Layers, Method, Preset, Traits
 from factpatch.methods.insertion import insert
+from factpatch.methods.kept import kept
 from factpatch.methods.keys import context_keys, context_prefixes, subject_outputs
 from factpatch.methods.moments import (
     MomentConfig,
@@ -308,7 +309,8 @@ class AlphaEdit(_Spread[AlphaEditConfig]):
     ) -> LowRank:
         """Equation 14, in the coordinates of the free directions, where the projector is the identity."""
         free = least_used(lm, layer, config.free_share, config, progress, beside=_edited(lm, config))
-        earlier = _earlier_keys(lm, lm.anatomy.mlp_out(layer), len(keys)).double() @ free
+        kept_keys = kept(lm, _keys_of(lm.anatomy.mlp_out(layer)), len(keys))
+        earlier = torch.cat([torch.empty(0, len(keys)), *kept_keys]).double() @ free
         metric = earlier.T @ earlier
         metric.diagonal().add_(config.l2)
         metric = torch.linalg.cholesky(metric)  # under the same name: each of these takes as much as a block's moments
@@ -317,22 +319,17 @@ class AlphaEdit(_Spread[AlphaEditConfig]):
 
     def remembered(self, projection: Projection, keys: Float[Tensor, "inter edits"]) -> dict[str, Tensor]:
         """The keys, which later edits must leave alone."""
-        return {_KEYS + projection.parameter: keys.T.contiguous()}
+        return {_keys_of(projection): keys.T.contiguous()}
 
 
-_KEYS = "alphaedit keys of "
-
-
-def _earlier_keys(lm: LM, projection: Projection, width: int) -> Float[Tensor, "earlier inter"]:
-    """Keys of the AlphaEdit patches on the model, first to last; on the CPU."""
-    name = _KEYS + projection.parameter
-    found = [p.state[name].cpu() for p in lm.patches if isinstance(p, WeightPatch) and name in p.state]
-    return torch.cat([torch.empty(0, width), *found])
+def _keys_of(projection: Projection) -> str:
+    """The name under which a patch keeps them, those of one edit a row."""
+    return f"alphaedit keys of {projection.parameter}"
 
 
 def _layers(lm: LM, config: SpreadConfig) -> tuple[int, ...]:
     if config.layers is not None:
-        return tuple(sorted(set(config.layers)))
+        return config.layers
     last = round(lm.anatomy.n_layers / 4)
     return tuple(range(max(0, last - 4), last + 1))
 

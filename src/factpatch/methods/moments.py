@@ -334,7 +334,7 @@ def _described(lm: LM, layer: int, config: MomentConfig) -> str:
 
 
 def _source(config: MomentConfig) -> str:
-    """What the corpus is, for the cache: its contents, not its name."""
+    """What the corpus is, for the cache: a file's contents; the name of a set on the hub."""
     if config.corpus is None:
         return f"self-written, seed {config.seed}"
     if config.corpus.startswith("hub:"):
@@ -358,11 +358,11 @@ def _texts(lm: LM, config: MomentConfig, progress: Progress) -> list[tuple[int, 
         return _cached_own_text(lm, config, progress)
     documents = _hub(config.corpus[4:]) if config.corpus.startswith("hub:") else _read(config.corpus).split("\n\n")
     rows: list[tuple[int, ...]] = []
-    left = config.moment_tokens
+    left, length = config.moment_tokens, min(config.moment_length, lm.tokens.limit or config.moment_length)
     for document in documents:
-        ids = lm.tokens.encode(document).ids if document.strip() else ()
-        for start in range(0, len(ids), config.moment_length):
-            rows.append(ids[start : start + min(config.moment_length, left)])
+        ids = lm.tokens.ids(document) if document.strip() else ()
+        for start in range(0, len(ids), length):
+            rows.append(ids[start : start + min(length, left)])
             left -= len(rows[-1])
             if left <= 0:
                 return rows
@@ -371,7 +371,8 @@ def _texts(lm: LM, config: MomentConfig, progress: Progress) -> list[tuple[int, 
     return rows
 
 
-def _hub(name: str) -> Iterable[str]:
+def _hub(name: str) -> Iterator[str]:
+    """Documents one by one, for a few usually suffice."""
     try:
         from datasets import load_dataset
     except ImportError:
@@ -379,7 +380,7 @@ def _hub(name: str) -> Iterable[str]:
     path, _, subset = name.partition(":")
     try:
         rows = load_dataset(path, subset or None, split="train", streaming=True)
-        return [str(row["text"]) for row in islice(rows, 5000)]
+        yield from (str(row["text"]) for row in islice(rows, 5000))
     except Exception as error:  # the hub client raises dozens of kinds
         raise BadConfig(
             f'corpus "hub:{name}": could not be read ({type(error).__name__}: {error}).\n'

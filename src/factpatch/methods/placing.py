@@ -16,22 +16,26 @@ from factpatch.lm.anatomy import Projection
 from factpatch.lm.batches import Batch
 from factpatch.lm.run import input_of
 from factpatch.methods.keys import context_prefixes
-from factpatch.patches.codebook import UNMOVED, Codebook, nearest, radii
+from factpatch.patches.codebook import GONE, UNMOVED, Codebook, nearest, radii
 
 __all__ = ["Placement", "key_of", "placed", "spacing"]
+
+SAME = 1e-4
+"""Of the radius of a new entry: two keys that are no further apart than this are one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
     """What becomes of the uppermost codebook when a key comes in.
 
-    how     an entry was widened to reach the key; or the key needs one of its own, with room or after a split
+    how     an entry was widened to reach the key; or the key needs one of its own: with room, after a split, or in place
+            of an entry with the very same key
     radius  of the new entry; None if it needs none
     radii   of the entries that the uppermost codebook has already
     moved   the radii that it moves in those beneath
     """
 
-    how: Literal["added", "split", "widened"]
+    how: Literal["added", "split", "widened", "replaced"]
     radius: float | None
     radii: Float[Tensor, " entries"]
     moved: Mapping[str, Tensor]
@@ -41,7 +45,8 @@ def placed(books: Sequence[Codebook], key: Float[Tensor, " in"], label: str, rad
     """GRACE's algorithm 1, for the codebooks that lie on one module; the last of them changes.
 
     A key beyond reach of all others gets an entry of this radius. One near to an entry with another label splits the
-    distance between the two. One near to an entry of its own label widens that entry.
+    distance between the two. One near to an entry of its own label widens that entry. Where the two keys are the same, as
+    when a prompt is edited again, nothing can be split: the new entry takes the place and the reach of the old one.
     """
     labels = [each for book in books for each in book.labels]
     book = books[-1]
@@ -54,7 +59,9 @@ def placed(books: Sequence[Codebook], key: Float[Tensor, " in"], label: str, rad
         return Placement("added", radius, book.radii, book.moved)
     if labels[at] == label:
         return Placement("widened", None, *_with_radius(books, at, max(reach, distance)))
-    return Placement("split", distance / 2, *_with_radius(books, at, distance / 2 - 1e-5))
+    if distance < SAME * radius:
+        return Placement("replaced", reach, *_with_radius(books, at, GONE))
+    return Placement("split", distance / 2, *_with_radius(books, at, max(distance / 2 - 1e-5, 0.0)))
 
 
 def _with_radius(books: Sequence[Codebook], at: int, radius: float) -> tuple[Tensor, Mapping[str, Tensor]]:

@@ -18,6 +18,7 @@ from factpatch.lm import LM
 from factpatch.lm.encoder import EncoderName, sentence_encoder
 from factpatch.lm.hooks import replacing_output
 from factpatch.methods.base import Layers, Traits, in_own_order
+from factpatch.methods.facts import ASKING, fact_of, note_of
 from factpatch.methods.learning import Course, Learned, LearnedConfig, Look
 from factpatch.methods.targets import TargetBatch
 from factpatch.patches import LowRank
@@ -26,8 +27,6 @@ from factpatch.patches.routed import RoutedPatch, Scope
 from factpatch.progress import Progress
 
 __all__ = ["Serac", "SeracConfig"]
-
-_ASKING = "Prompt: "
 
 
 class SeracConfig(LearnedConfig):
@@ -58,6 +57,7 @@ class Serac(Learned[SeracConfig]):
 
     name = "serac"
     config_type = SeracConfig
+    in_use = frozenset({"threshold"})
     traits = Traits(
         family="learned editors",
         phase="recognition",
@@ -74,11 +74,11 @@ class Serac(Learned[SeracConfig]):
         network, config, editor = self.trained(lm, config, progress)
         assert isinstance(network, _Network)
         ordered = in_own_order(edits)
-        notes = tuple(Note(text=_note(edit), topic=_topic(edit)) for edit in ordered)
+        notes = tuple(Note(text=note_of(edit), topic=fact_of(edit)) for edit in ordered)
         recall = Recall(encoder=config.encoder, threshold=config.threshold, most=1)
         settled = config.model_copy(update={"layers": _layers(lm, config)})
         provenance = self.provenance(lm, settled, edits, [{"editor": editor}])
-        return RoutedPatch(provenance, notes, _ASKING, recall, scope=network.scope(), adapter=network.adapter())
+        return RoutedPatch(provenance, notes, ASKING, recall, scope=network.scope(), adapter=network.adapter())
 
     def network(self, lm: LM, config: SeracConfig) -> _Network:
         """The classifier and the adapter, of which the second changes nothing at first."""
@@ -125,7 +125,7 @@ class _SeracCourse(Course):
         self.lm, self.edits, self.config = lm, edits, config
         self.within = [_within(edit) for edit in edits]
         self.beyond = [self._beyond(number) for number in range(len(edits))]
-        texts = [_topic(edit) for edit in edits]
+        texts = [fact_of(edit) for edit in edits]
         texts += [probe.prompt for group in (*self.within, *self.beyond) for probe in group]
         wanted = list(dict.fromkeys(texts))
         vectors = sentence_encoder(config.encoder, progress).embed(wanted).to(lm.device)
@@ -154,7 +154,7 @@ class _SeracCourse(Course):
         for number in chosen:
             for probes, inside in ((self.within[number], 1.0), (self.beyond[number], 0.0)):
                 for probe in probes:
-                    edits.append(self.vectors[_topic(self.edits[number])])
+                    edits.append(self.vectors[fact_of(self.edits[number])])
                     questions.append(self.vectors[probe.prompt])
                     truth.append(inside)
         wanted = torch.tensor(truth, device=self.lm.device)
@@ -174,7 +174,7 @@ class _SeracCourse(Course):
         """The loss of the answers in scope with the edit in the prompt, and the share of them that are right."""
         texts = [
             self.lm.tokens.encode(
-                probe.prompt, probe.answers[0], prefix=_note(self.edits[number]) + _ASKING, chat=self.config.chat
+                probe.prompt, probe.answers[0], prefix=note_of(self.edits[number]) + ASKING, chat=self.config.chat
             )
             for number in chosen
             for probe in self.within[number]
@@ -204,11 +204,3 @@ def _within(edit: Edit) -> list[Probe]:
 
 def _layers(lm: LM, config: SeracConfig) -> tuple[int, ...]:
     return config.layers or tuple(range(lm.anatomy.n_layers // 2, lm.anatomy.n_layers))
-
-
-def _topic(edit: Edit) -> str:
-    return f"{edit.prompt} {edit.target}"
-
-
-def _note(edit: Edit) -> str:
-    return f"New Fact: {_topic(edit)}\n"

@@ -20,7 +20,7 @@ from factpatch.lm.anatomy import Projection
 from factpatch.lm.batches import Batch
 from factpatch.lm.hooks import reading, replacing_output
 from factpatch.lm.run import input_of
-from factpatch.methods.base import Config, Method, Preset, Traits
+from factpatch.methods.base import Config, Method, Preset, Traits, told
 from factpatch.methods.keys import context_prefixes
 from factpatch.methods.targets import TargetBatch, with_targets
 from factpatch.patches.neurons import NeuronPatch, fired
@@ -84,8 +84,7 @@ class TPatcher(Method[TPatcherConfig]):
             keys, biases, values = (
                 torch.cat([old, new.cpu()]) for old, new in zip((keys, biases, values), more, strict=True)
             )
-            last = {"first_loss": round(losses[0], 6), "last_loss": round(losses[-1], 6)} if losses else {}
-            notes.append({"edit": edit.id, "neurons": len(more[0]), "steps": len(losses), **last})
+            notes.append({"edit": edit.id, "neurons": len(more[0]), **told(losses)})
         progress("Training neurons", len(edits), len(edits))
         finished = provenance.model_copy(update={"notes": tuple(notes)})
         return NeuronPatch(finished, site_in, site_out, keys, biases, values)

@@ -14,11 +14,13 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor
 
 from factpatch.edits import Edit
+from factpatch.errors import CannotEdit
 from factpatch.lm import LM
 from factpatch.lm.anatomy import Projection
 from factpatch.methods.base import Config, Layers, Method, Preset, Traits
 from factpatch.methods.gradients import Gradients, Moments, gradients
 from factpatch.methods.insertion import insert
+from factpatch.methods.kept import kept
 from factpatch.patches import LowRank, WeightPatch
 from factpatch.progress import Progress
 
@@ -72,7 +74,13 @@ class UltraEdit(Method[UltraEditConfig]):
         for i, (projection, pair) in enumerate(found.items()):
             progress("Solving", i, len(found))
             shape = _shape(projection)
-            normal = _with_earlier(lm, shape, own[shape]).normalise(pair.joined)
+            moments = _with_earlier(lm, shape, own[shape])
+            if moments.count < 2:
+                raise CannotEdit(
+                    f'edit "{edits[0].id}": ultraedit cannot tell what is usual from one token at one module.\n'
+                    "  Make more edits at once, or edit more layers: --set layers=…"
+                )
+            normal = moments.normalise(pair.joined)
             width = pair.inputs.shape[1]
             h, g = normal[:, :width], normal[:, width:]
             values = -config.lr * h.square().sum(1, keepdim=True) * g
@@ -107,7 +115,6 @@ def _by_shape(found: Mapping[Projection, Gradients]) -> dict[str, Float[Tensor, 
 
 def _with_earlier(lm: LM, shape: str, moments: Moments) -> Moments:
     """Joined with those that the patches on the model have kept, first to last."""
-    for patch in lm.patches:
-        if isinstance(patch, WeightPatch) and _STATE + shape in patch.state:
-            moments = Moments.unpacked(patch.state[_STATE + shape].to(moments.mean)).joined(moments)
+    for packed in kept(lm, _STATE + shape, len(moments.mean), rows=3):
+        moments = Moments.unpacked(packed.to(moments.mean)).joined(moments)
     return moments

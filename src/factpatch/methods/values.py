@@ -24,7 +24,7 @@ from factpatch.lm.batches import Batch, Places, length_batches
 from factpatch.lm.hooks import reading, replacing_output
 from factpatch.lm.run import UpperRun, can_resume
 from factpatch.lm.tokens import Encoded
-from factpatch.methods.base import Config
+from factpatch.methods.base import Config, told
 from factpatch.methods.keys import subject_texts
 from factpatch.methods.needs import Held, Stage, kept_keys, kept_tokens, most, predictions
 from factpatch.methods.targets import constant_weights, cross_entropy, tokens_at_once
@@ -61,9 +61,7 @@ class TargetValue:
     def note(self) -> dict[str, Any]:
         """How the search went, JSON-ready."""
         return {
-            "steps": len(self.losses),
-            "first_loss": round(self.losses[0], 6),
-            "last_loss": round(self.losses[-1], 6),
+            **told(self.losses),
             "value_change": round(float(self.delta.norm() / self.old.norm()), 6),
         }
 
@@ -219,7 +217,8 @@ class _Search:
                     loss = loss.index_add(0, one.owner, one.loss(deltas, self.before))
             for i in self.live:
                 losses[i].append(loss[i].item())
-            self.live = [i for i in self.live if losses[i][-1] >= config.stop_loss]
+            # Put so that a loss that is no number counts as not done: its value will not be finite, which `fit` refuses.
+            self.live = [i for i in self.live if not losses[i][-1] < config.stop_loss]
             if not self.live or step == config.steps - 1:
                 break
             torch.autograd.backward(loss.sum(), inputs=flat)

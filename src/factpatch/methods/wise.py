@@ -17,12 +17,13 @@ from torch import Tensor
 
 from factpatch.data import read
 from factpatch.edits import Edit
+from factpatch.errors import BadConfig
 from factpatch.lm import LM
 from factpatch.lm.anatomy import Projection
 from factpatch.lm.batches import Batch
 from factpatch.lm.hooks import replacing_output
 from factpatch.lm.run import input_of, output_of
-from factpatch.methods.base import Config, Method, Preset, Traits
+from factpatch.methods.base import Config, Method, Preset, Traits, told
 from factpatch.methods.keys import context_prefixes
 from factpatch.methods.targets import TargetBatch
 from factpatch.patches.delta import Sparse
@@ -105,9 +106,7 @@ class Wise(Method[WiseConfig]):
         patch = _with(patch, number, patch.added[number] + added if number in patch.added else added)
         note = {
             "memory": number,
-            "steps": len(losses),
-            "first_loss": round(losses[0], 6),
-            "last_loss": round(losses[-1], 6),
+            **told(losses),
             "activation": round(least, 6),
         }
         full = memories([*beneath, patch])
@@ -187,6 +186,11 @@ class _Training:
         others = [
             o for o in self.corpus if o.prompt != edit.prompt and (edit.subject is None or o.subject != edit.subject)
         ]
+        if not others:
+            raise BadConfig(
+                f'wise: corpus "{self.config.corpus}" has no edit about another subject than {edit.subject!r}.\n'
+                "  Give one with edits about many: --set corpus=NAME:PATH"
+            )
         generator = torch.Generator().manual_seed(self.config.seed + len(edit.prompt))
         picked = torch.randperm(len(others), generator=generator)[: self.config.unrelated].tolist()
         texts = [self.lm.tokens.encode(others[i].prompt, chat=self.config.chat).ids for i in picked]

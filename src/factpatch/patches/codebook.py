@@ -20,7 +20,7 @@ from factpatch.lm.batches import by_rows, current_pass
 from factpatch.patches.base import Patch, Provenance
 from factpatch.patches.parts import Spec, linear_map
 
-__all__ = ["UNMOVED", "Codebook", "CodebookPatch", "Nearest", "nearest", "radii"]
+__all__ = ["GONE", "UNMOVED", "Codebook", "CodebookPatch", "Nearest", "nearest", "radii"]
 
 B = TypeVar("B", bound="Codebook")
 
@@ -39,6 +39,7 @@ class Codebook(Patch):
 
     site    the module whose input is compared with the keys
     labels  what each entry makes the model say
+    radii   how far each entry reaches; `GONE` if another took its place
     moved   by id of a patch beneath: new radii of its entries, `UNMOVED` where they stay
     """
 
@@ -176,7 +177,7 @@ class CodebookPatch(Codebook):
 
 
 _MOVED = "radii of "
-UNMOVED = -1.0
+UNMOVED, GONE = -1.0, -2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,11 +190,12 @@ class Nearest:
 
 
 def nearest(queries: Float[Tensor, "queries in"], books: Sequence[Codebook]) -> Nearest:
-    """By Euclidean distance; the radii are those that the uppermost book leaves."""
+    """By Euclidean distance; the radii are those that the uppermost book leaves. Entries that are gone are infinitely far."""
     exact = queries.float()
-    keys = torch.cat([book.keys for book in books]).to(exact)
-    distance, entry = torch.cdist(exact, keys, compute_mode="donot_use_mm_for_euclid_dist").min(1)
-    return Nearest(entry, distance, distance <= radii(books).to(exact)[entry])
+    keys, reach = torch.cat([book.keys for book in books]).to(exact), radii(books).to(exact)
+    distances = torch.cdist(exact, keys, compute_mode="donot_use_mm_for_euclid_dist")
+    distance, entry = distances.masked_fill(reach == GONE, torch.inf).min(1)
+    return Nearest(entry, distance, distance <= reach[entry])
 
 
 def radii(books: Sequence[Codebook]) -> Float[Tensor, " entries"]:

@@ -18,7 +18,7 @@ from factpatch.patches.base import Patch, Provenance
 from factpatch.patches.parts import Spec
 from factpatch.words import counted
 
-__all__ = ["ContextPatch", "Note", "Recall"]
+__all__ = ["Context", "ContextPatch", "Note", "Recall"]
 
 
 class Note(Spec):
@@ -49,6 +49,8 @@ class _Spec(Spec):
 class ContextPatch(Patch):
     """Notes, each ending its own line, that are put before a question; then `asking`, then the question.
 
+    Patches that ask and recall alike act as one where they lie on one model: of all their notes the nearest are read.
+
     recall  which notes; None for all, in their order. Where none is near enough, the question is put as it is.
     """
 
@@ -61,26 +63,13 @@ class ContextPatch(Patch):
     def attach(self, lm: BaseLM) -> Callable[[], None]:
         """Add itself to the model's contexts."""
         self.check_base(lm)
-        lm.contexts.append(self)
+        context = Context(self, lm)
+        lm.contexts.append(context)
+        return lambda: lm.contexts.remove(context)
 
-        def undo() -> None:
-            # By identity: two patches may be equal, and each takes off its own.
-            at = next(i for i, context in enumerate(lm.contexts) if context is self)
-            del lm.contexts[at]
-
-        return undo
-
-    def before(self, prompts: Sequence[str]) -> list[str]:
-        """The text for each prompt; the nearest note stands last, next to the question."""
-        if self.recall is None:
-            return ["".join(note.text for note in self.notes) + self.asking] * len(prompts)
-        chosen = self.similarity(prompts).topk(min(self.recall.most, len(self.notes)), dim=1)
-        texts = []
-        for scores, indices in zip(chosen.values.tolist(), chosen.indices.tolist(), strict=True):
-            near = [i for score, i in zip(scores, indices, strict=True) if score >= self.recall.threshold]
-            text = "".join(self.notes[i].text for i in reversed(near))
-            texts.append(text + self.asking if near else "")
-        return texts
+    def acts_with(self, other: ContextPatch) -> bool:
+        """Whether the two act as one."""
+        return type(other) is type(self) and (other.asking, other.recall) == (self.asking, self.recall)
 
     def similarity(self, prompts: Sequence[str]) -> Float[Tensor, "prompts notes"]:
         """Cosine of each prompt with each note's topic."""
@@ -115,3 +104,32 @@ class ContextPatch(Patch):
         """One row: the prompt."""
         which = "all" if self.recall is None else f"up to {self.recall.most} by meaning"
         return [{"part": "what is asked", "form": f"{counted(len(self.notes), 'note')} before it, {which}"}]
+
+
+class Context:
+    """A patch among the contexts of a model; the uppermost of those that act as one writes for all of them."""
+
+    def __init__(self, patch: ContextPatch, lm: BaseLM) -> None:
+        self.patch, self.lm = patch, lm
+
+    def before(self, prompts: Sequence[str]) -> list[str]:
+        """The text for each prompt; the nearest note stands last, next to the question. Of equals the later is nearer."""
+        together = self.together()
+        if together[-1] is not self:
+            return [""] * len(prompts)
+        patches = [context.patch for context in together]
+        notes, asking, recall = [n for patch in patches for n in patch.notes], self.patch.asking, self.patch.recall
+        if recall is None:
+            return ["".join(note.text for note in notes) + asking] * len(prompts)
+        similarity = torch.cat([patch.similarity(prompts) for patch in patches], dim=1)
+        texts = []
+        for scores in similarity.tolist():
+            nearest = sorted(range(len(notes)), key=lambda i: (scores[i], i))[-recall.most :]
+            near = [notes[i].text for i in nearest if scores[i] >= recall.threshold]
+            texts.append("".join(near) + asking if near else "")
+        return texts
+
+    def together(self) -> Sequence[Context]:
+        """The contexts that act as one with this, itself included, first to last."""
+        contexts = [context for context in self.lm.contexts if isinstance(context, Context)]
+        return [context for context in contexts if context.patch.acts_with(self.patch)]

@@ -20,7 +20,7 @@ from factpatch.lm.encoder import sentence_encoder
 from factpatch.lm.hooks import replacing_output
 from factpatch.lm.model import raw_bytes
 from factpatch.patches.base import Provenance
-from factpatch.patches.context import ContextPatch, Note
+from factpatch.patches.context import Context, ContextPatch
 from factpatch.patches.delta import LowRank, joinable, tensors_of
 from factpatch.patches.parts import linear_map
 from factpatch.words import counted
@@ -93,6 +93,10 @@ class RoutedPatch(ContextPatch):
         shape = (len(prompts), *self._topics.shape)
         return self.scope.logits(self._topics[None].expand(shape), asked[:, None].expand(shape)).sigmoid()
 
+    def acts_with(self, other: ContextPatch) -> bool:
+        """Whether the two act as one: those of one editor do."""
+        return isinstance(other, RoutedPatch) and super().acts_with(other) and other.editor == self.editor
+
     @cached_property
     def editor(self) -> str:
         """Tells whether two patches are of one editor: a hash of all that was trained."""
@@ -100,10 +104,6 @@ class RoutedPatch(ContextPatch):
         for _, tensor in sorted(self.tensors().items()):
             digest.update(raw_bytes(tensor))
         return digest.hexdigest()
-
-    def holds_note(self, text: str) -> bool:
-        """Whether the second model is asked."""
-        return any(note.text in text for note in self.notes)
 
     def tensors(self) -> dict[str, Tensor]:
         """The classifier's, and the adapter's by module."""
@@ -149,25 +149,15 @@ class RoutedPatch(ContextPatch):
 _SCOPE = "scope:"
 
 
-class _Router:
-    """One patch on one model."""
+class _Router(Context):
+    """A patch on a model, that also sees which rows hold a note."""
+
+    patch: RoutedPatch
+    lm: LM
 
     def __init__(self, patch: RoutedPatch, lm: LM) -> None:
-        self.patch, self.lm = patch, lm
+        super().__init__(patch, lm)
         self._alone: Bool[Tensor, " rows"] | None = None
-
-    def before(self, prompts: Sequence[str]) -> list[str]:
-        """Of all notes of the patches of this editor, the one most probably in scope; written by the uppermost."""
-        books = self._books()
-        if books[-1] is not self.patch:
-            return [""] * len(prompts)
-        assert self.patch.recall is not None
-        notes: list[Note] = [note for book in books for note in book.notes]
-        best = torch.cat([book.similarity(prompts) for book in books], 1).max(1)
-        return [
-            notes[i].text + self.patch.asking if probability >= self.patch.recall.threshold else ""
-            for probability, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-        ]
 
     def look(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Find the rows that hold a note, in the pass that reads the prompt."""
@@ -179,8 +169,8 @@ class _Router:
         if now is not None and now.ends is not None:  # what follows the prompt is no note, also where it is read again
             mask = mask * (torch.arange(mask.shape[1], device=mask.device) <= now.ends[:, None])
         texts = [self.lm.tokens.decode(row[kept.bool()].tolist()) for row, kept in zip(ids, mask, strict=True)]
-        held = [any(book.holds_note(text) for book in self._books()) for text in texts]
-        routed = torch.tensor(held, device=ids.device)
+        notes = [note.text for context in self.together() for note in context.patch.notes]
+        routed = torch.tensor([any(note in text for note in notes) for text in texts], device=ids.device)
         if now is None:
             self._alone = routed
         else:
@@ -192,15 +182,10 @@ class _Router:
         def add(x: Tensor, out: Tensor) -> Tensor:
             now: Pass | None = current_pass()
             routed = self._alone if now is None else now.notes.get(self)
-            if routed is None or not routed.any() or self._books()[-1] is not self.patch:
+            if routed is None or not routed.any() or self.together()[-1] is not self:
                 return out
             rows = by_rows(out)
             changed = change.added(by_rows(x)[routed], rows[routed])
             return rows.index_put((routed.nonzero()[:, 0],), changed).reshape(out.shape)
 
         return add
-
-    def _books(self) -> list[RoutedPatch]:
-        """The patches of this editor that lie on the model, first to last."""
-        found = [p for p in self.lm.patches if isinstance(p, RoutedPatch) and p.editor == self.patch.editor]
-        return found or [self.patch]

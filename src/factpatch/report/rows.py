@@ -161,7 +161,7 @@ def _told_apart(cell: Cell, others: Collection[Cell], names: Sequence[str]) -> l
 
 def _apart(cell: Cell, others: Sequence[Cell]) -> str:
     """In what this cell differs from some of the others."""
-    told = _told_apart(cell, others, ("model", "dtype", "mode", "seed", "chat", "fluency", "judge"))
+    told = _told_apart(cell, others, ("model", "dtype", "mode", "start", "seed", "chat", "fluency", "judge"))
     if len({other.retain for other in others}) > 1:
         told.append(f"questions {cell.retain[:8] or 'none'}")
     if len({json.dumps(dict(other.settings), sort_keys=True, default=str) for other in others}) > 1:
@@ -189,7 +189,9 @@ def result_rows(store: Store, cells: Collection[int] | None = None) -> list[Resu
             shown = AT_END if moment == _last(outcomes) else moment
             for protocol in cell.protocols:
                 common = _common(store, number, cell, named[number], mine, shown, protocol)
-                model = _told_apart(cell, [c for c in every if _data(c) == _data(cell)], ("model", "dtype", "chat"))
+                model = _told_apart(
+                    cell, [c for c in every if _data(c) == _data(cell)], ("model", "dtype", "chat", "start")
+                )
                 key = (cell.fingerprint, *_data(cell), cell.mode, protocol, *model)
                 if card is not None and key not in told and moment in {ALONE, AT_EDIT}:
                     told.add(key)

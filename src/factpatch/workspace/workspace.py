@@ -214,17 +214,18 @@ class Workspace:
     ) -> Outcome:
         """Make a patch on top of the stack and ask the gate; one that is let through waits to be accepted.
 
-        method, config   by default the workspace's; "auto" for the cheapest that passes
+        method, config   by default the workspace's; "auto" for the cheapest that passes. Settings given without a method
+                         go before the workspace's, setting by setting
         minutes, watch   of "auto": how long it may take, and what each attempt is told to; see `choose`
         allow_conflicts  do so even if an edit is there already, or contradicts or takes back one that is
 
         Raises what making the patch raises, PatchError, OutputError.
         """
-        given = config if config is not None or method is not None else self.settings.config
+        given = {**(self.settings.config if method is None else {}), **(config or {})}
 
         def made(lm: LM) -> AutoChoice:
             own = method or self.settings.method
-            return self._make(lm, edits, own, given or {}, progress, minutes=minutes, watch=watch)
+            return self._make(lm, edits, own, given, progress, minutes=minutes, watch=watch)
 
         return self._propose(edits, None, made, author, message, progress, allow_conflicts=allow_conflicts)
 
