@@ -103,6 +103,17 @@ def test_a_prompt_edited_again_is_as_if_it_had_been_edited_so_alone(lm):
         assert torch.equal(logits_of(lm, A), says_peru)
 
 
+def test_of_three_edits_of_one_prompt_the_last_holds_whichever_is_taken_out(lm):
+    stack = []
+    for number, target in enumerate(("Peru", "Chad", "Mali")):
+        with lm.patched(*stack):
+            stack.append(fit(lm, [edit(A, target, str(number))]))
+    with lm.patched(*stack):
+        says_mali = logits_of(lm, A)
+        lm.remove(stack[1])
+        assert torch.equal(logits_of(lm, A), says_mali)
+
+
 def test_a_near_query_of_the_same_target_widens(lm):
     alone = fit(lm, [edit(A, "Peru")], radius=0.001)
     d = distance(lm, A, B)

@@ -149,6 +149,13 @@ def test_what_was_settled_in_the_training_cannot_be_set_beside_the_editor(tmp_pa
     assert again.id == patch.id
 
 
+def test_a_patch_of_an_editor_with_default_blocks_can_be_made_again(tmp_path):
+    create("mend", {"steps": 2, "rank": 4}).train(tiny_lm(), lessons(), folder=tmp_path / "a")
+    lm, edit = tiny_lm(), tiny_edits()[:1]
+    patch = create("mend", {"editor": str(tmp_path / "a")}).fit(lm, edit)
+    assert create("mend", patch.provenance.config).fit(lm, edit).id == patch.id
+
+
 def test_a_loss_that_is_no_number_ends_the_training(tmp_path, monkeypatch):
     from factpatch.methods.mend import _HyperCourse
 

@@ -106,7 +106,8 @@ class Learned(Method[L], ABC, Generic[L]):
         own = {name: getattr(config, name) for name in ("editor", "chat", "seed", *self.in_use)}
         settled = self.config_type(**{**editor.about.config, **own})
         for name in sorted(self.config.model_fields_set - {"data"}):
-            if getattr(self.config, name) != getattr(settled, name):
+            # None stands for a default that hangs on the model, which a patch's provenance writes out.
+            if getattr(settled, name) not in {None, getattr(self.config, name)}:
                 raise BadConfig(
                     f"{self.name}: {name} was settled when the editor in {config.editor} was trained, "
                     f"as {getattr(settled, name)}.\n  Leave it out, or train another: factpatch train {self.name} --set {name}=…"

@@ -187,8 +187,9 @@ class _Training:
             o for o in self.corpus if o.prompt != edit.prompt and (edit.subject is None or o.subject != edit.subject)
         ]
         if not others:
+            what = "with another prompt" if edit.subject is None else f"about another subject than {edit.subject!r}"
             raise BadConfig(
-                f'wise: corpus "{self.config.corpus}" has no edit about another subject than {edit.subject!r}.\n'
+                f'wise: corpus "{self.config.corpus}" has no edit {what}.\n'
                 "  Give one with edits about many: --set corpus=NAME:PATH"
             )
         generator = torch.Generator().manual_seed(self.config.seed + len(edit.prompt))

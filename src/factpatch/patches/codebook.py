@@ -190,11 +190,15 @@ class Nearest:
 
 
 def nearest(queries: Float[Tensor, "queries in"], books: Sequence[Codebook]) -> Nearest:
-    """By Euclidean distance; the radii are those that the uppermost book leaves. Entries that are gone are infinitely far."""
+    """By Euclidean distance, of equals the later; the radii are those that the uppermost book leaves.
+
+    Entries that are gone are infinitely far.
+    """
     exact = queries.float()
     keys, reach = torch.cat([book.keys for book in books]).to(exact), radii(books).to(exact)
     distances = torch.cdist(exact, keys, compute_mode="donot_use_mm_for_euclid_dist")
-    distance, entry = distances.masked_fill(reach == GONE, torch.inf).min(1)
+    distance, back = distances.masked_fill(reach == GONE, torch.inf).flip(1).min(1)
+    entry = len(keys) - 1 - back
     return Nearest(entry, distance, distance <= reach[entry])
 
 

@@ -94,8 +94,8 @@ class RoutedPatch(ContextPatch):
         return self.scope.logits(self._topics[None].expand(shape), asked[:, None].expand(shape)).sigmoid()
 
     def acts_with(self, other: ContextPatch) -> bool:
-        """Whether the two act as one: those of one editor do."""
-        return isinstance(other, RoutedPatch) and super().acts_with(other) and other.editor == self.editor
+        """Whether the two act as one: those of one editor do, by the uppermost's least probability."""
+        return isinstance(other, RoutedPatch) and (other.asking, other.editor) == (self.asking, self.editor)
 
     @cached_property
     def editor(self) -> str:

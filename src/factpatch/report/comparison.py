@@ -40,7 +40,7 @@ class ComparedRow(BaseModel):
 
 
 def compare_stores(a: Store, b: Store) -> list[ComparedRow]:
-    """Of every pair of cells that share method, data and mode: all scores, paired by edit.
+    """Of every pair of cells that share method, data, where they start in it, and mode: all scores, paired by edit.
 
     Where one run has several cells of a method, each is compared with the other run's cell of the same settings, if it has
     one, else with its only one. Scores of different versions of a protocol are not compared.
@@ -56,8 +56,8 @@ def _pairs(a: dict[int, Cell], b: dict[int, Cell]) -> Iterator[tuple[int, int]]:
             yield number, (same or alike)[0]
 
 
-def _what(cell: Cell) -> tuple[str, ...]:
-    return cell.method, cell.dataset, cell.data_sha256, cell.mode
+def _what(cell: Cell) -> tuple[object, ...]:
+    return cell.method, cell.dataset, cell.data_sha256, cell.start, cell.mode
 
 
 def _compared(a: Store, one: int, b: Store, other: int) -> Iterator[ComparedRow]:
