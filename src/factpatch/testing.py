@@ -348,7 +348,8 @@ def lanes_are_as_alone(case: _Case) -> None:
     with lm.side_by_side(stacks):
         together = _read_and_written(lm, len(stacks))
         unpatched = _read_and_written(lm)
-    bare, n = alone[2:4], len(tiny_edits())
+    n = len(tiny_edits())
+    bare = alone[n : 2 * n]
     for i, (own, written) in enumerate([*together, *unpatched]):
         expected, as_written = [*alone, *bare][i]
         _agree(own, expected, bare[i % n][0])
@@ -412,9 +413,10 @@ def many_edits_are_as_claimed(case: _Case) -> None:
 def _agree(found: Tensor, expected: Tensor, without: Tensor) -> None:
     """Closer to each other than a tenth of what the patch does; a patch of little effect passes no more easily.
 
-    One that writes more text before a prompt has more logits than there are `without`, and always much effect.
+    One that writes more text before a prompt, and so has more logits than there are `without`, must write the same text:
+    nothing but rounding may differ.
     """
-    effect = float((expected - without).abs().max()) if expected.shape == without.shape else torch.inf
+    effect = float((expected - without).abs().max()) if expected.shape == without.shape else 0.0
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=min(5e-3, 0.1 * effect) + 1e-6)
 
 

@@ -385,6 +385,14 @@ def test_train_refuses_a_method_that_needs_none(model, facts, tmp_path):
     assert not (tmp_path / "editor").exists()
 
 
+def test_train_refuses_a_setting_that_belongs_to_the_use_of_an_editor(model, facts, tmp_path):
+    code, _, err = run(
+        "train", "serac", "-m", model, "--data", facts, "--out", tmp_path / "editor", "--set", "threshold=0.8"
+    )
+    assert code == 2
+    assert err.startswith("serac: threshold is chosen when the editor is used.\n  Give it to factpatch edit instead.")
+
+
 def test_one_edit_on_the_command_line_can_bring_its_probes(model, tmp_path):
     probes = ["--rephrase", "Find Rome in", "--rephrase", "Rome is in", "--unrelated", "Oslo lies in"]
     code, out, _ = run(

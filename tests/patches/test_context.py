@@ -109,6 +109,16 @@ def test_of_two_notes_on_one_question_the_later_is_read(lm):
     assert before(lm, "Rome lies in", *reversed(stack)) == f"{old.text}Prompt: "
 
 
+def test_notes_on_one_topic_are_equally_near_whatever_rounding_does(lm, monkeypatch):
+    old, new = (Note(text=f"New Fact: Rome lies in {place}\n", topic="Rome lies in") for place in ("Peru", "Chad"))
+    lower, upper = (make(lm, words(0.1, 1), notes=notes) for notes in ((old, NOTES[2]), (new,)))
+    similarity = ContextPatch.similarity
+    monkeypatch.setattr(
+        ContextPatch, "similarity", lambda patch, prompts: similarity(patch, prompts) + 1e-6 * (patch is lower)
+    )
+    assert before(lm, "Rome lies in", lower, upper) == f"{new.text}Prompt: "
+
+
 def test_a_chat_holds_the_notes_in_what_the_user_says():
     lm = tiny_lm()
     lm.tokenizer.chat_template = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"

@@ -305,3 +305,14 @@ def test_cells_differ_in_whatever_decides_their_numbers():
     }.items():
         assert replace(CELL, **{name: value}).identity() != CELL.identity()
     assert replace(CELL, model="other name", data_file="moved.json").identity() == CELL.identity()
+
+
+def test_runs_are_compared_from_where_they_start(tmp_path):
+    with Store(tmp_path / "a") as a, Store(tmp_path / "b") as b:
+        for store, starts in ((a, (2,)), (b, (0, 2))):
+            for start in starts:
+                number = store.add_cell(replace(CELL, start=start))
+                store.add(number, Outcome(0, "alone", (f"e{start}",), card(f"e{start}", 1.0)))
+        rows = compare_stores(a, b)
+    assert rows
+    assert {row.edits for row in rows} == {1}

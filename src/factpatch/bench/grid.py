@@ -116,7 +116,7 @@ class Grid(_Value):
                 )
             if any((one.name, one.sha256) == (found[-1].name, found[-1].sha256) for one in found[:-1]):
                 raise BadConfig(
-                    f"{spec.file}: given twice; results are kept by file.\n  Give it once, or each range an --out of its own."
+                    f"{spec.file}: given twice.\n  Give it once; another range is a run of its own, which may share the --out."
                 )
         return tuple(found)
 

@@ -54,10 +54,14 @@ def train(
         trained = [name for name in names() if issubclass(find(name), Learned)]
         raise BadConfig(f"{method} needs no training.\n  Methods that are trained: {', '.join(trained)}")
     maker = create(method, method_settings(settings, chat=chat))
+    assert isinstance(maker, Learned)
+    if early := sorted(maker.in_use & maker.config.model_fields_set):
+        raise BadConfig(
+            f"{method}: {early[0]} is chosen when the editor is used.\n  Give it to factpatch edit instead."
+        )
     dataset = read(data, skip_invalid=skip_invalid, start=start, limit=limit)
     usable = [edit for edit in dataset.edits if edit.kind in maker.traits.kinds]
     until = "end" if limit is None else str(start + limit - 1)
-    assert isinstance(maker, Learned)
     with if_interrupted(lambda: f"the same command goes on with what is in {output}."), progress() as report:
         lm = load(model, dtype=dtype, device=device, progress=report)
         editor = maker.train(

@@ -111,17 +111,18 @@ class Ike(_Recalling[IkeConfig]):
         """Fetch the sentence encoder, and embed the corpus."""
         super().prepare(lm, progress)
         config = self.resolve(lm)
-        _embedded(config.encoder, tuple(map(fact_of, _corpus(config))))
+        if config.demonstrations:
+            _embedded(config.encoder, tuple(map(fact_of, _corpus(config))))
 
     def make(self, lm: BaseLM, edits: tuple[Edit, ...], config: IkeConfig, progress: Progress) -> ContextPatch:
         """Choose demonstrations for each fact."""
         encoder = sentence_encoder(config.encoder, progress)
-        corpus = _corpus(config)
-        vectors = _embedded(config.encoder, tuple(map(fact_of, corpus)))
+        corpus = _corpus(config) if config.demonstrations else []
         asked = {edit.prompt for edit in edits}
         others = [i for i, edit in enumerate(corpus) if edit.prompt not in asked]
         notes = _facts(edits)
-        if config.demonstrations and others:
+        if others:
+            vectors = _embedded(config.encoder, tuple(map(fact_of, corpus)))
             near = encoder.embed([fact_of(edit) for edit in in_own_order(edits)]) @ vectors[others].T
             chosen = near.topk(min(config.demonstrations, len(others)), dim=1).indices.flip(1).tolist()
             notes = tuple(

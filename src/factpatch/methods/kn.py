@@ -85,7 +85,7 @@ class Kn(Method[KnConfig]):
                     raise CannotEdit(
                         f'edit "{edit.id}": kn finds no neuron that raises the probability of the old answer '
                         f"({lm.tokens.decode([old])!r}) to {edit.prompt!r}.\n"
-                        "  Search more blocks (--set layers=…), or take another method: factpatch methods"
+                        "  Take another method: factpatch methods"
                     )
                 for layer in sorted({layer for layer, _ in neurons}):
                     projection = lm.anatomy.mlp_out(layer)

@@ -250,7 +250,7 @@ def _run(
                 if not isfinite(look["loss"]):
                     raise CannotEdit(
                         f"{training.about['method']}: the loss is not finite after {state.step} steps of training.\n"
-                        "  Choose a smaller learning rate (--set lr=…)" + (", and a new folder." if folder else ".")
+                        "  Choose a smaller learning rate: --set lr=…"
                     )
                 state.curve.append(look)
                 if state.stale == 0:

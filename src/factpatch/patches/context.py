@@ -122,6 +122,9 @@ class Context:
         if recall is None:
             return ["".join(note.text for note in notes) + asking] * len(prompts)
         similarity = torch.cat([patch.similarity(prompts) for patch in patches], dim=1)
+        # Notes on one topic are equally near, which vectors that were made at another time are only but for rounding.
+        first: dict[str, int] = {}
+        similarity = similarity[:, [first.setdefault(note.topic, i) for i, note in enumerate(notes)]]
         texts = []
         for scores in similarity.tolist():
             nearest = sorted(range(len(notes)), key=lambda i: (scores[i], i))[-recall.most :]
