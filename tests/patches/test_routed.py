@@ -115,9 +115,11 @@ def test_patches_of_one_editor_act_as_one():
         assert torch.equal(logits_of(lm, ann.prompt), expected[1])
         lm.remove(second)
     assert not lm.contexts
-    bolder = replace(second, recall=Recall(encoder="words", threshold=0.1, most=1))
-    with lm.patched(first, bolder):
-        assert torch.equal(logits_of(lm, rome.prompt), expected[0]), "the adapter acts once, whatever their thresholds"
+    wide = [routed(lm, edit, bias=5.0) for edit in (rome, ann)]
+    bolder = replace(wide[1], recall=Recall(encoder="words", threshold=0.1, most=1))
+    with lm.patched(wide[0], bolder):
+        (text,) = lm.before([rome.prompt]).values()
+        assert text.count("New Fact") == 1, "they act once, whatever their thresholds"
     with lm.patched(first, routed(lm, ann, seed=1)):
         assert torch.equal(logits_of(lm, rome.prompt), expected[0]), "another editor's patch does not act here"
 

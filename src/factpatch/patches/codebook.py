@@ -39,7 +39,7 @@ class Codebook(Patch):
 
     site    the module whose input is compared with the keys
     labels  what each entry makes the model say
-    radii   how far each entry reaches; `GONE` if another took its place
+    radii   how far each entry reaches; `GONE`, which reaches nothing, if another took its place
     moved   by id of a patch beneath: new radii of its entries, `UNMOVED` where they stay
     """
 
@@ -190,14 +190,11 @@ class Nearest:
 
 
 def nearest(queries: Float[Tensor, "queries in"], books: Sequence[Codebook]) -> Nearest:
-    """By Euclidean distance, of equals the later; the radii are those that the uppermost book leaves.
-
-    Entries that are gone are infinitely far.
-    """
+    """By Euclidean distance, of equals the later; the radii are those that the uppermost book leaves."""
     exact = queries.float()
     keys, reach = torch.cat([book.keys for book in books]).to(exact), radii(books).to(exact)
     distances = torch.cdist(exact, keys, compute_mode="donot_use_mm_for_euclid_dist")
-    distance, back = distances.masked_fill(reach == GONE, torch.inf).flip(1).min(1)
+    distance, back = distances.flip(1).min(1)
     entry = len(keys) - 1 - back
     return Nearest(entry, distance, distance <= reach[entry])
 
