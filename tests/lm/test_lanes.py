@@ -102,11 +102,14 @@ def rows_of(lm, lanes=None):
 def test_patches_that_act_as_one_do_so_on_a_lane():
     lm, (first, _) = tiny_lm(), tiny_edits()
     one, other = (fitted(lm, "grace", edit) for edit in (first, first.model_copy(update={"target": "Chad"})))
-    with lm.patched(one, other):
+    further = replace(other, keys=other.keys + other.radii.min() / other.keys.shape[1])  # in reach, and not the nearest
+    with lm.patched(one):
         expected = rows_of(lm)
-    with lm.patched(other):
-        assert not torch.allclose(rows_of(lm), expected, atol=1e-3), "of two like keys the lower patch's comes first"
-    with lm.side_by_side([(one, other)]):
+    with lm.patched(further):
+        assert not torch.allclose(rows_of(lm), expected, atol=1e-3), "the upper one would answer, were it alone"
+    with lm.patched(one, further):
+        torch.testing.assert_close(rows_of(lm), expected, rtol=1e-4, atol=1e-4)
+    with lm.side_by_side([(one, further)]):
         torch.testing.assert_close(rows_of(lm, [0, 0]), expected, rtol=1e-4, atol=1e-4)
 
 
