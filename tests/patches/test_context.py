@@ -7,6 +7,7 @@ import torch
 
 from factpatch.errors import BadPatch, PatchError
 from factpatch.files import sha256_of
+from factpatch.lm.encoder import sentence_encoder
 from factpatch.patches import ContextPatch, Note, Patch, Provenance, Recall, merge
 from factpatch.scoring import Scorer
 from factpatch.testing import Snapshot, tiny_edits, tiny_lm
@@ -55,7 +56,7 @@ def test_the_nearest_notes_are_read_the_nearest_last(lm, recall, question, expec
 
 
 def test_similarity_is_a_cosine(lm):
-    found = make(lm, words()).similarity([note.topic for note in NOTES])
+    found = make(lm, words()).similarity(sentence_encoder("words").embed([note.topic for note in NOTES]))
     torch.testing.assert_close(found.diagonal(), torch.ones(3))
     assert found.min() >= 0
     assert found.max() <= 1 + 1e-6
@@ -99,6 +100,14 @@ def test_a_stack_recalls_what_one_patch_of_all_its_notes_would(lm):
     assert before(lm, "Rome lies in", parts[0], make(lm, notes=NOTES[2:])) == f"{alone}{NOTES[2].text}Prompt: "
 
 
+def test_a_stack_reads_a_question_once(lm, monkeypatch):
+    encoder, read = sentence_encoder("words"), []
+    embed = encoder.embed
+    monkeypatch.setattr(encoder, "embed", lambda texts: read.extend(texts) or embed(texts), raising=False)
+    before(lm, "Where is Rome?", *(make(lm, words(0.1), notes=(note,)) for note in NOTES))
+    assert sorted(read) == sorted(["Where is Rome?", *(note.topic for note in NOTES)])
+
+
 def test_of_two_notes_on_one_question_the_later_is_read(lm):
     old, new = (
         Note(text="New Fact: Rome lies in Peru\n", topic="Rome lies in"),
@@ -114,7 +123,7 @@ def test_notes_on_one_topic_are_equally_near_whatever_rounding_does(lm, monkeypa
     lower, upper = (make(lm, words(0.1, 1), notes=notes) for notes in ((old, NOTES[2]), (new,)))
     similarity = ContextPatch.similarity
     monkeypatch.setattr(
-        ContextPatch, "similarity", lambda patch, prompts: similarity(patch, prompts) + 1e-6 * (patch is lower)
+        ContextPatch, "similarity", lambda patch, asked: similarity(patch, asked) + 1e-6 * (patch is lower)
     )
     assert before(lm, "Rome lies in", lower, upper) == f"{new.text}Prompt: "
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 from jaxtyping import Float
@@ -71,10 +71,9 @@ class ContextPatch(Patch):
         """Whether the two act as one."""
         return type(other) is type(self) and (other.asking, other.recall) == (self.asking, self.recall)
 
-    def similarity(self, prompts: Sequence[str]) -> Float[Tensor, "prompts notes"]:
-        """Cosine of each prompt with each note's topic."""
-        assert self.recall is not None
-        return sentence_encoder(self.recall.encoder).embed(prompts) @ self._topics.T
+    def similarity(self, asked: Float[Tensor, "prompts width"]) -> Float[Tensor, "prompts notes"]:
+        """Cosine of each prompt, of which the sentence vector is given, with each note's topic."""
+        return asked @ self._topics.T
 
     @cached_property
     def _topics(self) -> Float[Tensor, "notes width"]:
@@ -114,14 +113,14 @@ class Context:
 
     def before(self, prompts: Sequence[str]) -> list[str]:
         """The text for each prompt; the nearest note stands last, next to the question. Of equals the later is nearer."""
-        together = self.together()
-        if together[-1] is not self:
+        if not self.is_uppermost:
             return [""] * len(prompts)
-        patches = [context.patch for context in together]
+        patches = [context.patch for context in self.together()]
         notes, asking, recall = [n for patch in patches for n in patch.notes], self.patch.asking, self.patch.recall
         if recall is None:
             return ["".join(note.text for note in notes) + asking] * len(prompts)
-        similarity = torch.cat([patch.similarity(prompts) for patch in patches], dim=1)
+        asked = sentence_encoder(recall.encoder).embed(prompts)
+        similarity = torch.cat([patch.similarity(asked) for patch in patches], dim=1)
         # Notes on one topic are equally near, which vectors that were made at another time are only but for rounding.
         first: dict[str, int] = {}
         similarity = similarity[:, [first.setdefault(note.topic, i) for i, note in enumerate(notes)]]
@@ -132,7 +131,14 @@ class Context:
             texts.append("".join(near) + asking if near else "")
         return texts
 
-    def together(self) -> Sequence[Context]:
+    @property
+    def is_uppermost(self) -> bool:
+        """Whether none that lies above this acts as one with it."""
+        return next(context for context in reversed(self.lm.contexts) if self._acts_with(context)) is self
+
+    def together(self) -> list[Context]:
         """The contexts that act as one with this, itself included, first to last."""
-        contexts = [context for context in self.lm.contexts if isinstance(context, Context)]
-        return [context for context in contexts if context.patch.acts_with(self.patch)]
+        return [context for context in self.lm.contexts if self._acts_with(context)]
+
+    def _acts_with(self, other: object) -> TypeGuard[Context]:
+        return isinstance(other, Context) and other.patch.acts_with(self.patch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from factpatch.errors import BadPatch
 from factpatch.lm import LM, BaseLM
 from factpatch.lm.batches import Pass, by_rows, current_pass
-from factpatch.lm.encoder import sentence_encoder
 from factpatch.lm.hooks import replacing_output
 from factpatch.lm.model import raw_bytes
 from factpatch.patches.base import Provenance
@@ -81,16 +80,14 @@ class RoutedPatch(ContextPatch):
                 stack.enter_context(replacing_output(modules[name], router.adding(change)))
             return stack.pop_all().close
 
-    def similarity(self, prompts: Sequence[str]) -> Float[Tensor, "prompts notes"]:
-        """The probability that each prompt is in the scope of each note's edit."""
-        assert self.recall is not None
-        asked = sentence_encoder(self.recall.encoder).embed(prompts)
+    def similarity(self, asked: Float[Tensor, "prompts width"]) -> Float[Tensor, "prompts notes"]:
+        """The probability that each prompt, of which the sentence vector is given, is in the scope of each note's edit."""
         if 2 * asked.shape[1] != self.scope.hidden.shape[1]:
             raise BadPatch(
-                f"the classifier reads {self.scope.hidden.shape[1]} numbers of two texts; the encoder {self.recall.encoder} "
-                f"gives {asked.shape[1]} of each.\n  The patch's folder may be damaged; make it again with: factpatch edit"
+                f"the classifier reads {self.scope.hidden.shape[1]} numbers of two texts; the encoder gives "
+                f"{asked.shape[1]} of each.\n  The patch's folder may be damaged; make it again with: factpatch edit"
             )
-        shape = (len(prompts), *self._topics.shape)
+        shape = (len(asked), *self._topics.shape)
         return self.scope.logits(self._topics[None].expand(shape), asked[:, None].expand(shape)).sigmoid()
 
     def acts_with(self, other: ContextPatch) -> bool:
@@ -163,8 +160,8 @@ class _Router(Context):
         """Find the rows that hold a note, in the pass that reads the prompt."""
         now = current_pass()
         ids = kwargs.get("input_ids", args[0] if args else None)
-        if ids is None or (now is not None and now.ends is None):
-            return  # given as vectors, or writing on after a prompt that was read
+        if ids is None or (now is not None and now.ends is None) or not self.is_uppermost:
+            return  # given as vectors, or writing on after a prompt that was read; or another looks for this one too
         mask = torch.ones_like(ids) if now is None else now.mask
         if now is not None and now.ends is not None:  # what follows the prompt is no note, also where it is read again
             mask = mask * (torch.arange(mask.shape[1], device=mask.device) <= now.ends[:, None])
@@ -182,7 +179,7 @@ class _Router(Context):
         def add(x: Tensor, out: Tensor) -> Tensor:
             now: Pass | None = current_pass()
             routed = self._alone if now is None else now.notes.get(self)
-            if routed is None or not routed.any() or self.together()[-1] is not self:
+            if routed is None or not routed.any() or not self.is_uppermost:
                 return out
             rows = by_rows(out)
             changed = change.added(by_rows(x)[routed], rows[routed])
