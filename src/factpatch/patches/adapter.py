@@ -20,10 +20,10 @@ import torch
 from pydantic import AfterValidator, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from factpatch.errors import BadPatch, MissingExtra, WrongBase
+from factpatch.errors import MissingExtra
 from factpatch.lm import LM
 from factpatch.patches.base import Patch, Provenance
-from factpatch.patches.parts import Spec, linear_map
+from factpatch.patches.parts import Spec, damaged, linear_map, misfit
 from factpatch.patches.weight import check_finite, point
 
 __all__ = ["AdapterPatch", "adapt", "peft_library"]
@@ -103,18 +103,12 @@ class AdapterPatch(Patch):
         for name in _Config.read(self.config).target_modules:
             linear_map(lm, name, "the adapter changes")
             if f"{name}.weight" not in parameters:  # it goes by another name, that of what it is tied to
-                raise WrongBase(
-                    f"the adapter changes {name}, whose weight in {lm.name} is another module's too.\n"
-                    "  The patch's folder may be damaged; make it again with: factpatch edit"
-                )
+                raise misfit(f"the adapter changes {name}, whose weight in {lm.name} is another module's too.")
         try:
             changed = self.merged(lm.model)
         except _PEFT_RAISES as error:
             told = str(error).strip().partition("\n")[0]
-            raise BadPatch(
-                f"PEFT cannot lay this adapter on {lm.name} ({told}).\n"
-                "  The patch's folder may be damaged; make it again with: factpatch edit"
-            ) from error
+            raise damaged(f"PEFT cannot lay this adapter on {lm.name} ({told}).") from error
         check_finite(changed, lm)
         kept = {name: parameters[name].data for name in changed}
         point(parameters, changed)
@@ -139,10 +133,7 @@ class AdapterPatch(Patch):
         wanted = {key: tensor.shape for key, tensor in peft.get_peft_model_state_dict(adapted).items()}
         # PEFT passes over what it does not know, and leaves what it does not find at its random start.
         if wanted != {key: tensor.shape for key, tensor in renamed.items()}:
-            raise BadPatch(
-                f"{self.tensor_file}: its tensors are not those that adapter_config.json asks for.\n"
-                "  The file is damaged; make the patch again with: factpatch edit"
-            )
+            raise damaged(f"{self.tensor_file}: its tensors are not those that adapter_config.json asks for.")
         with torch.no_grad():
             peft.set_peft_model_state_dict(adapted, renamed)
             merged = adapted.merge_and_unload()
@@ -167,16 +158,10 @@ class AdapterPatch(Patch):
         names = read.target_modules
         strays = [key for key in tensors if not any(key.startswith(f"{_PREFIX}{name}.") for name in names)]
         if strays:
-            raise BadPatch(
-                f"{cls.tensor_file}: holds tensors of no module that the config names ({strays[:1]}).\n"
-                "  The file is damaged; make the patch again with: factpatch edit"
-            )
+            raise damaged(f"{cls.tensor_file}: holds tensors of no module that the config names ({strays[:1]}).")
         # Before PEFT makes room for it: a rank may be written down that no memory holds.
         if any(tensor.shape[:1] != (read.rank,) for key, tensor in tensors.items() if ".lora_A" in key):
-            raise BadPatch(
-                f"{cls.tensor_file}: its matrices are not of rank {read.rank}, which the config tells of.\n"
-                "  The file is damaged; make the patch again with: factpatch edit"
-            )
+            raise damaged(f"{cls.tensor_file}: its matrices are not of rank {read.rank}, which the config tells of.")
         return AdapterPatch(provenance, dict(spec), tensors)
 
     def changes(self) -> list[dict[str, Any]]:

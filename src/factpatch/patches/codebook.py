@@ -14,11 +14,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from factpatch.errors import BadPatch, WrongBase
 from factpatch.lm import LM
 from factpatch.lm.batches import by_rows, current_pass
 from factpatch.patches.base import Patch, Provenance
-from factpatch.patches.parts import Spec, linear_map
+from factpatch.patches.parts import Spec, damaged, linear_map, misfit
 
 __all__ = ["GONE", "UNMOVED", "Codebook", "CodebookPatch", "Nearest", "nearest", "radii"]
 
@@ -62,9 +61,8 @@ class Codebook(Patch):
         """Raise WrongBase unless radii are moved of as many entries as the codebooks beneath have."""
         for book in self.on(lm, self.site):
             if book.id in self.moved and len(self.moved[book.id]) != len(book.keys):
-                raise WrongBase(
-                    f"the codebook moves {len(self.moved[book.id])} radii of patch {book.id}, which has {len(book.keys)}.\n"
-                    "  The patch's folder may be damaged; make it again with: factpatch edit"
+                raise misfit(
+                    f"the codebook moves {len(self.moved[book.id])} radii of patch {book.id}, which has {len(book.keys)}."
                 )
 
     def books(self: B, lm: LM) -> list[B]:
@@ -110,16 +108,12 @@ class Codebook(Patch):
         shapes = {name: tuple(tensors[name].shape) if name in tensors else () for name in axes}
         if any(len(shapes[name]) != n or shapes[name][0] != len(read.labels) for name, n in axes.items()):
             *most, last = axes
-            raise BadPatch(
-                f"patch.safetensors: expected as many {', '.join(most)} and {last} as the codebook has labels.\n"
-                "  The file is damaged; make the patch again with: factpatch edit"
+            raise damaged(
+                f"patch.safetensors: expected as many {', '.join(most)} and {last} as the codebook has labels."
             )
         moved = {name.removeprefix(_MOVED): t for name, t in tensors.items() if name.startswith(_MOVED)}
         if any(own.ndim != 1 for own in moved.values()):
-            raise BadPatch(
-                "patch.safetensors: radii that are no row of numbers.\n"
-                "  The file is damaged; make the patch again with: factpatch edit"
-            )
+            raise damaged("patch.safetensors: radii that are no row of numbers.")
         return read.site, read.labels, moved
 
 

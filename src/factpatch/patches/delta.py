@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from factpatch.errors import BadPatch
+from factpatch.patches.parts import damaged
 
 __all__ = ["Delta", "Dense", "LowRank", "Sparse", "deltas_of", "joinable", "tensors_of"]
 
@@ -177,16 +177,12 @@ def deltas_of(tensors: Mapping[str, Tensor]) -> dict[str, Delta]:
         form = _FORMS.get(frozenset(parts))
         if form is None or ("u" in parts and not joinable(parts["u"], parts["v"])):
             shapes = {part: tuple(t.shape) for part, t in parts.items()}
-            raise BadPatch(
-                f"patch.safetensors: {name} has {shapes}; expected u (rows, rank) with v (rank, cols), or dense.\n"
-                "  The file is damaged; make the patch again with: factpatch edit"
+            raise damaged(
+                f"patch.safetensors: {name} has {shapes}; expected u (rows, rank) with v (rank, cols), or dense."
             )
         deltas[name] = form(**parts)
         if isinstance(own := deltas[name], Sparse) and not own.fits:
-            raise BadPatch(
-                f"patch.safetensors: {name} has entries outside of the matrix it tells of.\n"
-                "  The file is damaged; make the patch again with: factpatch edit"
-            )
+            raise damaged(f"patch.safetensors: {name} has entries outside of the matrix it tells of.")
     return deltas
 
 

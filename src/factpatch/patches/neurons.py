@@ -9,10 +9,9 @@ from typing import Any, ClassVar
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from factpatch.errors import BadPatch, WrongBase
 from factpatch.lm import LM
 from factpatch.patches.base import Patch, Provenance
-from factpatch.patches.parts import Spec, is_beside, linear_map
+from factpatch.patches.parts import Spec, damaged, is_beside, linear_map, misfit
 
 __all__ = ["NeuronPatch", "fired"]
 
@@ -43,9 +42,9 @@ class NeuronPatch(Patch):
         reading = linear_map(lm, self.reads, "the neurons lie beside", reads=self.keys.shape[1]).module
         writing = linear_map(lm, self.writes, "the neurons lie beside", writes=self.values.shape[1]).module
         if not is_beside(lm, self.reads, self.writes):
-            raise WrongBase(
+            raise misfit(
                 f"the neurons lie beside {self.reads} and {self.writes}; in {lm.name} these are not the ways into and out "
-                "of one MLP.\n  The patch's folder may be damaged; make it again with: factpatch edit"
+                "of one MLP."
             )
         seen: list[Tensor] = []
 
@@ -79,10 +78,7 @@ class NeuronPatch(Patch):
         read = _Spec.read(spec)
         shapes = [tuple(tensors[name].shape) if name in tensors else () for name in ("keys", "biases", "values")]
         if [len(shape) for shape in shapes] != [2, 1, 2] or len({shape[0] for shape in shapes}) > 1:
-            raise BadPatch(
-                "patch.safetensors: expected as many keys, biases and values, and where they lie.\n"
-                "  The file is damaged; make the patch again with: factpatch edit"
-            )
+            raise damaged("patch.safetensors: expected as many keys, biases and values, and where they lie.")
         return NeuronPatch(provenance, read.reads, read.writes, tensors["keys"], tensors["biases"], tensors["values"])
 
     def changes(self) -> list[dict[str, Any]]:

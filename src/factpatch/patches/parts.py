@@ -31,6 +31,16 @@ class Spec(BaseModel):
             raise BadPatch(f'patch.json, "spec.{field}": {problem}\n  Make the patch again: factpatch edit') from None
 
 
+def damaged(what: str) -> BadPatch:
+    """The error of a patch that contradicts itself."""
+    return BadPatch(f"{what}\n  The file is damaged; make the patch again with: factpatch edit")
+
+
+def misfit(what: str) -> WrongBase:
+    """The error of a patch that asks for what the model, which has the right fingerprint, does not have."""
+    return WrongBase(f"{what}\n  The patch's folder may be damaged; make it again with: factpatch edit")
+
+
 def linear_map(
     lm: LM, name: str, belongs: str, *, reads: int | None = None, writes: int | None = None, kind: str = "module"
 ) -> Projection:
@@ -45,14 +55,13 @@ def linear_map(
         module = lm.model.get_submodule(name)
     except AttributeError:
         module = None
-    again = "The patch's folder may be damaged; make it again with: factpatch edit"
     if not isinstance(module, nn.Linear | Conv1D):
-        raise WrongBase(f"{belongs} {name}; {lm.name} has no such {kind}.\n  {again}")
+        raise misfit(f"{belongs} {name}; {lm.name} has no such {kind}.")
     found = Projection(module, f"{name}.weight", isinstance(module, Conv1D))
     out, into = found.matrix.shape
     if (reads is not None and reads != into) or (writes is not None and writes != out):
         wanted = " to ".join("any" if width is None else str(width) for width in (reads, writes))
-        raise WrongBase(f"{belongs} {name}, as a map of {wanted}; that of {lm.name} is of {into} to {out}.\n  {again}")
+        raise misfit(f"{belongs} {name}, as a map of {wanted}; that of {lm.name} is of {into} to {out}.")
     return found
 
 
@@ -61,9 +70,7 @@ def block_of(lm: LM, name: str) -> int:
     blocks = f"{lm.anatomy.layout.blocks}."
     number = name.removeprefix(blocks).partition(".")[0]
     if not name.startswith(blocks) or not number.isdecimal():
-        raise WrongBase(
-            f"{name} is in no block of {lm.name}.\n  The patch's folder may be damaged; make it again with: factpatch edit"
-        )
+        raise misfit(f"{name} is in no block of {lm.name}.")
     return int(number)
 
 

@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from factpatch.errors import BadPatch
 from factpatch.lm import LM, BaseLM
 from factpatch.lm.batches import Pass, by_rows, current_pass
 from factpatch.lm.hooks import replacing_output
@@ -21,7 +20,7 @@ from factpatch.lm.model import raw_bytes
 from factpatch.patches.base import Provenance
 from factpatch.patches.context import Context, ContextPatch
 from factpatch.patches.delta import LowRank, joinable, tensors_of
-from factpatch.patches.parts import linear_map
+from factpatch.patches.parts import damaged, linear_map
 from factpatch.words import counted
 
 __all__ = ["RoutedPatch", "Scope"]
@@ -83,9 +82,9 @@ class RoutedPatch(ContextPatch):
     def similarity(self, asked: Float[Tensor, "prompts width"]) -> Float[Tensor, "prompts notes"]:
         """The probability that each prompt, of which the sentence vector is given, is in the scope of each note's edit."""
         if 2 * asked.shape[1] != self.scope.hidden.shape[1]:
-            raise BadPatch(
+            raise damaged(
                 f"the classifier reads {self.scope.hidden.shape[1]} numbers of two texts; the encoder gives "
-                f"{asked.shape[1]} of each.\n  The patch's folder may be damaged; make it again with: factpatch edit"
+                f"{asked.shape[1]} of each."
             )
         shape = (len(asked), *self._topics.shape)
         return self.scope.logits(self._topics[None].expand(shape), asked[:, None].expand(shape)).sigmoid()
@@ -116,9 +115,7 @@ class RoutedPatch(ContextPatch):
             names = {key.rpartition(".")[0] for key in tensors if not key.startswith(_SCOPE)}
             pairs = {name: (tensors[f"{name}.u"], tensors[f"{name}.v"]) for name in sorted(names)}
         except KeyError as error:
-            raise BadPatch(
-                f"patch.safetensors: {error} is missing.\n  The file is damaged; make the patch again with: factpatch edit"
-            ) from None
+            raise damaged(f"patch.safetensors: {error} is missing.") from None
         shapes = [tuple(tensor.shape) for tensor in network.values()]
         units = shapes[0][:1]
         if (
@@ -126,9 +123,8 @@ class RoutedPatch(ContextPatch):
             or not all(joinable(*pair) for pair in pairs.values())
             or read.recall is None
         ):
-            raise BadPatch(
-                "patch.safetensors: a classifier or an adapter whose matrices cannot be multiplied, or nothing to recall.\n"
-                "  The file is damaged; make the patch again with: factpatch edit"
+            raise damaged(
+                "patch.safetensors: a classifier or an adapter whose matrices cannot be multiplied, or nothing to recall."
             )
         scope, adapter = Scope(**network), {name: LowRank(*pair) for name, pair in pairs.items()}
         return RoutedPatch(provenance, read.notes, read.asking, read.recall, scope=scope, adapter=adapter)

@@ -11,12 +11,11 @@ from jaxtyping import Bool, Float, Int
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
-from factpatch.errors import BadPatch
 from factpatch.lm import LM
 from factpatch.lm.batches import by_rows, current_pass
 from factpatch.patches.base import Patch, Provenance
 from factpatch.patches.delta import Sparse, deltas_of, tensors_of
-from factpatch.patches.parts import Spec, linear_map
+from factpatch.patches.parts import Spec, damaged, linear_map
 
 __all__ = ["SideMemory", "SidePatch", "memories", "routing_activation"]
 
@@ -144,9 +143,8 @@ class SidePatch(Patch):
         if set(deltas) != {str(number) for number in read.memories} or not all(
             isinstance(delta, Sparse) for delta in deltas.values()
         ):
-            raise BadPatch(
-                f"patch.json, spec: tells of memories {sorted(read.memories)}, which does not fit the tensors beside it.\n"
-                "  The folder is damaged; make the patch again with: factpatch edit"
+            raise damaged(
+                f"patch.json, spec: tells of memories {sorted(read.memories)}, which does not fit the tensors beside it."
             )
         added = {}
         for number, known in read.memories.items():

@@ -12,13 +12,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from factpatch.errors import BadPatch, WrongBase
 from factpatch.lm import LM
 from factpatch.lm.batches import by_rows, current_pass
 from factpatch.lm.hooks import reading, replacing_output
 from factpatch.patches.base import Provenance
 from factpatch.patches.codebook import Codebook
-from factpatch.patches.parts import block_of
+from factpatch.patches.parts import block_of, damaged, misfit
 
 __all__ = ["SlicePatch", "Slices"]
 
@@ -59,10 +58,7 @@ class SlicePatch(Codebook):
             name: self.module(lm, name, reads=s.v.shape[2], writes=s.u.shape[1]) for name, s in self.slices.items()
         }
         if any(block_of(lm, name) <= block_of(lm, self.site) for name in modules):
-            raise WrongBase(
-                f"the slices must lie in blocks above that of {self.site}, which turns them on.\n"
-                "  The patch's folder may be damaged; make it again with: factpatch edit"
-            )
+            raise misfit(f"the slices must lie in blocks above that of {self.site}, which turns them on.")
         turned_on: list[Tensor] = []  # the entry of each row, -1 for none, while the model is called by itself
 
         def look(read: Tensor, _: Tensor) -> None:
@@ -112,10 +108,7 @@ class SlicePatch(Codebook):
         site, labels, moved = cls.check_parts(spec, tensors, {"keys": 2, "radii": 1, **axes})
         pairs = {name: (tensors[f"{name}.u"], tensors[f"{name}.v"]) for name in names}
         if any(u.shape[2] != v.shape[1] for u, v in pairs.values()):
-            raise BadPatch(
-                "patch.safetensors: slices that cannot be multiplied.\n"
-                "  The file is damaged; make the patch again with: factpatch edit"
-            )
+            raise damaged("patch.safetensors: slices that cannot be multiplied.")
         slices = {name: Slices(*pair) for name, pair in pairs.items()}
         return SlicePatch(provenance, site, tensors["keys"], tensors["radii"], labels, slices=slices, moved=moved)
 

@@ -10,12 +10,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from factpatch.errors import BadPatch, WrongBase
+from factpatch.errors import BadPatch
 from factpatch.lm import LM
 from factpatch.lm.anatomy import Projection
 from factpatch.patches.base import Patch, Provenance
 from factpatch.patches.delta import Delta, Dense, LowRank, deltas_of, tensors_of
-from factpatch.patches.parts import Spec
+from factpatch.patches.parts import Spec, damaged, misfit
 
 __all__ = ["WeightPatch", "check_finite", "point"]
 
@@ -53,10 +53,7 @@ class WeightPatch(Patch):
         for name, delta in self.deltas.items():
             if name not in parameters or parameters[name].shape != delta.shape:
                 has = tuple(parameters[name].shape) if name in parameters else "no such parameter"
-                raise WrongBase(
-                    f"the patch changes {name} of shape {tuple(delta.shape)}; {lm.name} has {has}.\n"
-                    "  The patch's folder may be damaged; make it again with: factpatch edit"
-                )
+                raise misfit(f"the patch changes {name} of shape {tuple(delta.shape)}; {lm.name} has {has}.")
         changed = {name: _plus(parameters[name].data, delta) for name, delta in self.deltas.items()}
         check_finite(changed, lm)
         kept = {name: parameters[name].data for name in self.deltas}
@@ -78,9 +75,7 @@ class WeightPatch(Patch):
         Spec.read(spec)
         deltas = deltas_of({key: tensor for key, tensor in tensors.items() if not key.startswith(_STATE)})
         if not deltas:
-            raise BadPatch(
-                "patch.safetensors: changes no weight.\n  The file is damaged; make the patch again with: factpatch edit"
-            )
+            raise damaged("patch.safetensors: changes no weight.")
         state = {key.removeprefix(_STATE): tensor for key, tensor in tensors.items() if key.startswith(_STATE)}
         return WeightPatch(provenance, deltas, state)
 
