@@ -15,7 +15,6 @@ examples, take records 100 to 199 of each file, which are never scored here.
 from __future__ import annotations
 
 import csv
-import ctypes
 import hashlib
 import itertools
 import json
@@ -183,8 +182,6 @@ def _rows(lm: LM, contender: Contender, dataset: Dataset, edits: Sequence[Edit],
 def _cost(lm: LM, contender: Contender, dataset: Dataset, edit: Edit) -> Row:
     """What it takes to make one edit."""
     row: Row = {"method": contender.method.name, "data": dataset.name, "edit": edit.id}
-    if sys.platform == "linux":  # hand back what was freed, lest the edit take it and seem to need nothing
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
     try:
         with watching_memory(lm.device) as memory:
             started = time.perf_counter()

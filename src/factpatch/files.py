@@ -22,6 +22,7 @@ from factpatch.errors import OutputError
 __all__ = [
     "cache_root",
     "check_output",
+    "contents_sha256",
     "json_ready",
     "locked",
     "parse_json",
@@ -46,6 +47,14 @@ def sha256_of(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def contents_sha256(place: Path) -> str:
+    """The SHA-256 of a file's bytes, or of the names and bytes of all files right in a folder, in hex."""
+    if not place.is_dir():
+        return sha256_of(place)
+    files = sorted(path for path in place.iterdir() if path.is_file())
+    return hashlib.sha256("".join(f"{path.name}\n{sha256_of(path)}\n" for path in files).encode()).hexdigest()
 
 
 def read_whole(path: Path, most: int = MOST) -> bytes:

@@ -19,6 +19,7 @@ from factpatch.bench.run import Turn
 from factpatch.data import write_jsonl
 from factpatch.edits import Edit, Probe
 from factpatch.errors import AnatomyError, BadConfig, BadFile, OutputError, UnknownMethod
+from factpatch.files import contents_sha256, sha256_of
 from factpatch.methods import create
 from factpatch.report import result_rows, table_rows
 from factpatch.scoring import Scorecard, Scorer
@@ -123,6 +124,30 @@ def test_what_is_on_record_is_not_made_again(data, tmp_path, monkeypatch):
         patched.setattr("factpatch.bench.singles.make", never)
         assert done(grid_of(data, limit=3), tmp_path / "run") == first
     assert done(grid_of(data), tmp_path / "run") == done(grid_of(data), tmp_path / "at once")
+
+
+@pytest.mark.parametrize("named", ["own:{}", "{}"])
+def test_a_setting_that_names_a_file_stands_for_what_the_file_holds(data, tmp_path, named):
+    corpus = tmp_path / "corpus.jsonl"
+    grid = grid_of(
+        data, methods=[{"name": "ike", "settings": {"corpus": named.format(corpus), "encoder": "words"}}], limit=1
+    )
+    write_jsonl(facts(6)[1:], corpus)
+    first = done(grid, tmp_path / "run")
+    assert done(grid, tmp_path / "run") == first
+    write_jsonl(facts(9)[1:], corpus)
+    both = [row["label"] for row in done(grid, tmp_path / "run") if row["method"] == "ike"]
+    assert len(set(both)) == 2
+    assert all(label.startswith("ike (corpus as of ") for label in both)
+
+
+def test_a_folder_holds_its_files(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "one").write_text("1")
+    before = contents_sha256(tmp_path)
+    assert before != contents_sha256(tmp_path / "one") == sha256_of(tmp_path / "one")
+    (tmp_path / "one").rename(tmp_path / "two")
+    assert contents_sha256(tmp_path) != before
 
 
 def test_records_from_another_number_on_are_results_of_their_own(data, tmp_path):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Literal, Self
 
@@ -101,6 +104,7 @@ def watching_memory(device: torch.device) -> Iterator[Memory]:
         yield memory
         memory.peak = torch.cuda.max_memory_allocated(device)
         return
+    _hand_back()
     process, done = psutil.Process(), threading.Event()
     memory = Memory(process.memory_info().rss)
 
@@ -119,3 +123,11 @@ def watching_memory(device: torch.device) -> Iterator[Memory]:
         done.set()
         watcher.join()
         look()
+
+
+def _hand_back() -> None:
+    """Give the system what was freed, lest what is done next take it and seem to need nothing."""
+    gc.collect()
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # a C library other than glibc
+            ctypes.CDLL("libc.so.6").malloc_trim(0)

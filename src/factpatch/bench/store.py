@@ -10,7 +10,7 @@ import json
 import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
@@ -86,6 +86,7 @@ class Cell:
     settings     of the method for this model, where they differ from its defaults
     data_file    the file's name; for people
     start        the number of the first record; edits are counted from there
+    contents     by setting that names a file or folder, such as a trained editor, the SHA-256 of what that holds
     mode         how edits are put together; see `Mode`
     protocols    by name, their versions
     retain       SHA-256 of the questions that were to be answered as before; empty if there were none
@@ -108,11 +109,12 @@ class Cell:
     retain: str = ""
     judge: str = ""
     start: int = 0
+    contents: Mapping[str, str] = field(default_factory=dict)
 
     def identity(self) -> str:
         """Equal for cells whose results belong together."""
         fields = {name: getattr(self, name) for name in self.__slots__ if name not in {"model", "data_file"}}
-        for name in ("retain", "judge", "start"):
+        for name in ("retain", "judge", "start", "contents"):
             if not fields[name]:
                 del fields[name]
         return json.dumps(fields, sort_keys=True)

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from factpatch.bench.grid import Grid, MethodSpec
@@ -17,6 +18,7 @@ from factpatch.bench.store import Cell
 from factpatch.data import Dataset
 from factpatch.data.questions import read_questions
 from factpatch.edits import Edit, Probe
+from factpatch.files import contents_sha256
 from factpatch.lm import LM, BaseLM, load_or_connect
 from factpatch.methods import Method, create
 from factpatch.progress import Progress, silent
@@ -67,12 +69,13 @@ class Worker:
         """What the numbers of this method on this data set depend on."""
         method = self._ready(spec).method
         dtype = str(self.lm.dtype).removeprefix("torch.") if isinstance(self.lm, LM) else ""
+        settings = method.resolve(self.lm).model_dump(mode="json", exclude_defaults=True)
         return Cell(
             model=self.lm.name,
             fingerprint=self.lm.fingerprint,
             dtype=dtype,
             method=spec.name,
-            settings=method.resolve(self.lm).model_dump(mode="json", exclude_defaults=True),
+            settings=settings,
             dataset=dataset.name,
             data_file=dataset.path.name,
             data_sha256=dataset.sha256,
@@ -84,6 +87,7 @@ class Worker:
             retain=_digest(self.retain),
             judge=self.scorer.judge.name if self.scorer.judge else "",
             start=dataset.start,
+            contents=_contents(settings),
         )
 
     def prepare(self, spec: MethodSpec, progress: Progress = silent) -> float:
@@ -124,6 +128,18 @@ class Worker:
             given = {name: value for name, value in common.items() if value}
             self._methods[key] = _Ready(create(spec.name, given | spec.settings))
         return self._methods[key]
+
+
+def _contents(settings: Mapping[str, Any]) -> dict[str, str]:
+    """By setting that names a file or folder, as a path or as NAME:PATH, the SHA-256 of what that holds."""
+    named = {
+        name: place
+        for name, value in settings.items()
+        if isinstance(value, str)
+        for place in (Path(value.partition(":")[2]), Path(value))
+        if place.name and place.exists()
+    }
+    return {name: contents_sha256(place) for name, place in named.items()}
 
 
 def _digest(questions: Sequence[Probe]) -> str:

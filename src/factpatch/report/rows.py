@@ -166,6 +166,9 @@ def _apart(cell: Cell, others: Sequence[Cell]) -> str:
         told.append(f"questions {cell.retain[:8] or 'none'}")
     if len({json.dumps(dict(other.settings), sort_keys=True, default=str) for other in others}) > 1:
         told += [f"{key}={value}" for key, value in sorted(cell.settings.items())] or ["defaults"]
+    for name in sorted({name for other in others for name in other.contents}):
+        if len({other.contents.get(name) for other in others if other.settings == cell.settings}) > 1:
+            told.append(f"{name} as of {cell.contents.get(name, '')[:8]}")
     return f" ({', '.join(told)})" if told else ""
 
 
