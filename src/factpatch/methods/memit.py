@@ -65,7 +65,8 @@ class MemitConfig(SpreadConfig):
     """Settings of MEMIT and PMET."""
 
     prior: PositiveFloat = Field(
-        default=15_000.0, description="weight of what is known already against one new fact; smaller edits harder"
+        default=15_000.0,
+        description="weight of what is known already against one new fact (lambda); smaller edits harder",
     )
 
 
