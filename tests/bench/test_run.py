@@ -130,7 +130,11 @@ def test_what_is_on_record_is_not_made_again(data, tmp_path, monkeypatch):
 def test_a_setting_that_names_a_file_stands_for_what_the_file_holds(data, tmp_path, named):
     corpus = tmp_path / "corpus.jsonl"
     grid = grid_of(
-        data, methods=[{"name": "ike", "settings": {"corpus": named.format(corpus), "encoder": "words"}}], limit=1
+        data,
+        methods=[
+            {"name": "ike", "settings": {"corpus": named.format(corpus), "encoder": "words", "demonstrations": 1}}
+        ],
+        limit=1,
     )
     write_jsonl(facts(6)[1:], corpus)
     first = done(grid, tmp_path / "run")

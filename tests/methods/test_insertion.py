@@ -1,5 +1,6 @@
 """The one closed form against the papers' equations, each solved densely in float64."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,7 +24,7 @@ def exact(change):
     return change.u.double() @ change.v.double()
 
 
-@given(st.integers(0, 1000), st.integers(1, 9), st.sampled_from([0.1, 1.0, 50.0]))
+@given(st.integers(0, 1000), st.integers(1, 20), st.sampled_from([0.1, 1.0, 50.0]))
 def test_memit_equals_the_dense_solve(seed, n, prior):
     R, K, C = problem(seed, n=n)
     R64, K64, C64 = R.double(), K.double(), C.double()
@@ -71,8 +72,27 @@ def test_it_is_the_least_change_that_meets_the_values():
         assert cost(change + 0.1 * other) > cost(change)
 
 
+@pytest.mark.parametrize("n", [3, 7, 20])
+def test_gradients_pass_through_it(n):
+    R, K, C = problem(3, n=n)
+    ridge, other = (torch.tensor(0.7, dtype=torch.double, requires_grad=True) for _ in range(2))
+    R.requires_grad_()
+    insert(R, K, factorised(C, 1e-14), ridge=ridge).full().square().sum().backward()
+    R64, K64 = R.detach().double().requires_grad_(), K.double()
+    (R64 @ K64.T @ torch.linalg.inv(other * C.double() + K64 @ K64.T)).square().sum().backward()
+    torch.testing.assert_close(ridge.grad, other.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(R.grad.double(), R64.grad, rtol=1e-3, atol=1e-4)
+
+
 def test_its_rank_is_the_number_of_edits():
     R, K, C = problem(2, n=3)
     change = insert(R, K, factorised(C, 1e-6), ridge=1.0)
     assert (change.u.shape, change.v.shape) == ((4, 3), (3, 7))
+    assert change.u.dtype == change.v.dtype == torch.float32
+
+
+def test_of_many_edits_it_is_no_larger_than_the_matrix():
+    R, K, C = problem(2, n=50)
+    change = insert(R, K, factorised(C, 1e-6), ridge=1.0)
+    assert (change.u.shape, change.v.shape) == ((4, 4), (4, 7))
     assert change.u.dtype == change.v.dtype == torch.float32

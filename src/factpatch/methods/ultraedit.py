@@ -8,10 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-import torch
-from jaxtyping import Float
 from pydantic import Field, PositiveFloat
-from torch import Tensor
 
 from factpatch.edits import Edit
 from factpatch.errors import CannotEdit
@@ -68,7 +65,7 @@ class UltraEdit(Method[UltraEditConfig]):
         settled = config.model_copy(update={"layers": layers})
         modules = [p for layer in layers for p in _projections(lm, layer, config.part)]
         found = gradients(lm, modules, layers[0], edits, chat=config.chat, progress=progress)
-        own = {shape: Moments.of(rows) for shape, rows in _by_shape(found).items()}
+        own = _by_shape(found)
         state = {_STATE + shape: moments.packed() for shape, moments in own.items()}
         changes: dict[Projection, LowRank] = {}
         for i, (projection, pair) in enumerate(found.items()):
@@ -105,12 +102,13 @@ def _shape(projection: Projection) -> str:
     return "x".join(str(n) for n in projection.matrix.shape)
 
 
-def _by_shape(found: Mapping[Projection, Gradients]) -> dict[str, Float[Tensor, "rows width"]]:
-    """All rows `[h, g]` of the modules of one shape, which share their mean and deviation."""
-    grouped: dict[str, list[Tensor]] = {}
+def _by_shape(found: Mapping[Projection, Gradients]) -> dict[str, Moments]:
+    """Of all rows `[h, g]` of the modules of one shape, which share their mean and deviation."""
+    grouped: dict[str, Moments] = {}
     for projection, pair in found.items():
-        grouped.setdefault(_shape(projection), []).append(pair.joined)
-    return {shape: torch.cat(rows) for shape, rows in grouped.items()}
+        shape, moments = _shape(projection), Moments.of(pair.joined)
+        grouped[shape] = grouped[shape].joined(moments) if shape in grouped else moments
+    return grouped
 
 
 def _with_earlier(lm: LM, shape: str, moments: Moments) -> Moments:
