@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -127,7 +126,6 @@ def watching_memory(device: torch.device) -> Iterator[Memory]:
 
 def _hand_back() -> None:
     """Give the system what was freed, lest what is done next take it and seem to need nothing."""
-    gc.collect()
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):  # a C library other than glibc
             ctypes.CDLL("libc.so.6").malloc_trim(0)
