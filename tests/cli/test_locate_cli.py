@@ -148,7 +148,7 @@ def test_rows_hold_what_is_drawn(found):
 def test_the_picture_has_a_panel_for_each_protocol_and_one_for_tracing(found, traced):
     drawn = layers_picture(found if traced else found.model_copy(update={"traced": None}))
     texts = [each.text for each in ET.fromstring(drawn).iter("{http://www.w3.org/2000/svg}text")]  # noqa: S314
-    for text in ("survey protocol", "open protocol", "block", "score, which decides", "chosen by editing"):
+    for text in ("survey protocol", "open protocol", "block", "score; the open one decides", "chosen by editing"):
         assert text in texts
     assert ("suggested by tracing" in texts) == traced
     assert ("indirect effect" in texts) == traced

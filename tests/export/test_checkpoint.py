@@ -1,15 +1,15 @@
 """Checkpoints: sharded, with tokenizer and card, and answering as the patched model does when transformers alone loads them."""
 
 from itertools import takewhile
-from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from factpatch.errors import OutputError, PatchError
 from factpatch.export import card, export_checkpoint, verify_checkpoint
+from factpatch.export.card import _cell
 from factpatch.gate import Gate
-from factpatch.lm import load
+from factpatch.lm import LM, load
 from factpatch.methods import create
 from factpatch.scoring import Scorer
 from factpatch.testing import Snapshot, tiny_edits, tiny_lm
@@ -124,22 +124,24 @@ def test_each_table_of_a_card_has_as_many_columns_in_its_rule_and_rows_as_in_its
         assert all(set(cell) <= {"-", ":"} and cell for cell in cells[1]), table[1]
 
 
-def test_the_card_tells_what_the_model_said_before_also_of_edits_that_do_not_say(made):
-    lm, patch = made
-    asked = Scorer(lm, fluency=False).score(tiny_edits(), patch).to_json()
-    for row in asked["scores"]:
-        if row["role"] == "edit":
-            row["said_before"] = f"{row['protocol']} {row['prompt']}"
-    told = card(lm, [patch.with_scorecard(asked)], "checkpoint")
-    assert "| open Rome lies in |" in told
-    assert "survey Rome" not in told
-    assert "| Italy |" in card(lm, [patch], "checkpoint"), "what was true, where nothing was asked"
+def test_the_card_tells_what_the_base_says_whatever_lay_on_it_when_the_patch_was_made(made):
+    lm, first = made
+    edit = tiny_edits()[0].model_copy(update={"id": "again", "target": "Chad"})
+    with lm.patched(first):
+        second = create("ft-m", {"steps": "30", "layer": "2", "lr": "1e-2"}).fit(lm, [edit])
+        second = second.with_scorecard(Scorer(lm, fluency=False).score([edit], second).to_json())
+        told = card(lm, [second], "checkpoint")
+    base, then = lm.answer([edit.prompt], max_new=24)[0], second.provenance.scorecard["scores"][0]["said_before"]
+    assert base != then, "the earlier patch was heard"
+    row = next(line for line in told.splitlines() if line.startswith("| again |"))
+    assert row.split(" | ")[-1].removesuffix(" |") == _cell(base)
+    assert _cell(then) not in row
 
 
 def test_the_base_model_has_the_name_that_other_tools_know_and_no_path_of_this_machine(made, tmp_path):
     lm, patch = made
     assert "base_model:" not in card(lm, [patch], "adapter"), "the hub does not know it"
-    fetched = SimpleNamespace(name="smollm2-135m", fingerprint=lm.fingerprint)
+    fetched = LM(lm.model, lm.tokenizer, name="smollm2-135m")
     told = card(fetched, [patch], "adapter")
     assert 'base_model: "HuggingFaceTB/SmolLM2-135M-Instruct"\n' in told
     assert 'from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")' in told

@@ -307,6 +307,17 @@ def test_cells_differ_in_whatever_decides_their_numbers():
     assert replace(CELL, model="other name", data_file="moved.json").identity() == CELL.identity()
 
 
+def test_of_runs_with_a_setting_of_two_contents_like_is_compared_with_like(tmp_path):
+    with Store(tmp_path / "a") as a, Store(tmp_path / "b") as b:
+        for store, written in ((a, ("new",)), (b, ("old", "new"))):
+            for contents in written:
+                number = store.add_cell(replace(CELL, contents={"corpus": contents}))
+                store.add(number, Outcome(0, "alone", ("e",), card("e", float(contents == "new"))))
+        rows = [row for row in compare_stores(a, b) if row.score == "edit_success"]
+    assert rows
+    assert {(row.a, row.b) for row in rows} == {(1.0, 1.0)}
+
+
 def test_runs_are_compared_from_where_they_start(tmp_path):
     with Store(tmp_path / "a") as a, Store(tmp_path / "b") as b:
         for store, starts in ((a, (2,)), (b, (0, 2))):

@@ -105,6 +105,11 @@ class PlacesReport(Result):
     unread: tuple[Unread, ...] = ()
 
 
+def _comparable(located: Sequence[Wording]) -> bool:
+    """Whether there are both related and unrelated ones among them."""
+    return bool(compare_levels("maps", torch.zeros(len(located), len(located)), located))
+
+
 def _attributed(lm: LM, located: Sequence[Wording], steps: int, progress: Progress) -> Float[Tensor, "results places"]:
     """Attributions of all neurons of all blocks, a row for each fact; on the CPU."""
     layers = range(lm.anatomy.n_layers)
@@ -162,14 +167,15 @@ def compare_places(
         check_readable(method)
     known = known_triples(lm, triples, wordings)
     located = few(known, limit)
-    if not compare_levels("maps", torch.zeros(len(located), len(located)), located):
+    if not _comparable(located):
         knows = sum(one.first for one in known)
+        enough = (n for n in range(limit or knows, knows + 1) if _comparable(few(known, n)))
         cut = limit is not None and limit < knows
         raise BadFile(
             f"{lm.name} knows {knows} of these {counted(len(triples), 'fact')}"
             + (f", of which the limit leaves {limit}" if cut else "")
             + "; there are not both related and unrelated ones among them, so nothing can be compared.\n  "
-            + (f"Raise --limit, up to {knows}; or give" if cut else "Give")
+            + (f"Raise --limit to {least} or more; or give" if (least := next(enough, None)) else "Give")
             + " facts that it knows, about several entities: --facts FILE"
         )
     changed = counterfacts(located)[:edits]

@@ -113,7 +113,7 @@ def list_(
     at: opt.At = None,
     as_json: opt.Json = False,
 ) -> None:
-    """The patches that lie on the model, first to last, and the proposals that wait; damaged ones are named on stderr."""
+    """The patches that lie on the model, first to last, and the proposals that wait; damaged proposals are named on stderr."""
     from factpatch.workspace import Workspace
 
     space = Workspace.open(workspace)

@@ -28,6 +28,8 @@ _WHAT: dict[Form, str] = {
 }
 _MOST = 50
 """Edits that are listed."""
+_TOKENS = 24
+"""Of the base model's answer."""
 
 
 def card(lm: LM, patches: Sequence[Patch], form: Form, shortened: Sequence[Shortened] = ()) -> str:
@@ -52,10 +54,10 @@ def _lines(lm: LM, patches: Sequence[Patch], form: Form, shortened: Sequence[Sho
     yield from ("", "## Load it", "", *_loading(lm, form))
     yield from ("", "## What was changed", "")
     yield from _table(
-        ("edit", "kind", "asked", "says now", "said before"),
+        ("edit", "kind", "asked", "says now", "base model says"),
         (
-            (_cell(edit.id), edit.kind, _cell(edit.prompt), _cell(edit.target), _cell(_said_before(patch, edit)))
-            for patch, edit in edits[:_MOST]
+            (_cell(edit.id), edit.kind, _cell(edit.prompt), _cell(edit.target), _cell(said or "–"))
+            for (_, edit), said in zip(edits[:_MOST], _by_base(lm, edits[:_MOST]), strict=True)
         ),
     )
     if len(edits) > _MOST:
@@ -87,12 +89,16 @@ def _loading(lm: LM, form: Form) -> Iterator[str]:
         yield "not quantised, so answers on it may differ; the fingerprint above tells the two apart."
 
 
-def _said_before(patch: Patch, edit: Edit) -> str:
-    """The model's own answer before the edit where its patch was scored, else what the edit says was true; or a dash."""
-    rows = (patch.provenance.scorecard or {}).get("scores", ())
-    own = {"protocol": "open", "role": "edit", "edit": edit.id, "prompt": edit.prompt}
-    said = next((row.get("said_before", "") for row in rows if own.items() <= row.items()), "")
-    return said or ", ".join(edit.ground_truth) or "–"
+def _by_base(lm: LM, edits: Sequence[tuple[Patch, Edit]]) -> list[str]:
+    """The base model's own answers. What was said as a patch was made may have come of others, which are gone by now."""
+    chats = [bool(patch.provenance.config.get("chat")) for patch, _ in edits]
+    said: dict[tuple[bool, str], str] = {}
+    with lm.unpatched():
+        for chat in dict.fromkeys(chats):
+            prompts = [edit.prompt for (_, edit), own in zip(edits, chats, strict=True) if own == chat]
+            answers = lm.answer(prompts, chat=chat, max_new=_TOKENS)
+            said |= {(chat, prompt): answer for prompt, answer in zip(prompts, answers, strict=True)}
+    return [said[chat, edit.prompt] for chat, (_, edit) in zip(chats, edits, strict=True)]
 
 
 def _setting(value: Any) -> str:

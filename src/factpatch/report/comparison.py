@@ -52,6 +52,7 @@ def _pairs(a: dict[int, Cell], b: dict[int, Cell]) -> Iterator[tuple[int, int]]:
     for number, cell in a.items():
         alike = [n for n, other in b.items() if _what(other) == _what(cell)]
         same = [n for n in alike if b[n].settings == cell.settings and b[n].fingerprint == cell.fingerprint]
+        same.sort(key=lambda n: b[n].contents != cell.contents)
         if same or len(alike) == 1:
             yield number, (same or alike)[0]
 

@@ -79,13 +79,14 @@ def _stacked(axes: Any, heights: Sequence[float]) -> list[Any]:
 
 
 def _draw_measures(panel: Any, found: Located, protocol: ProtocolName) -> None:
-    for i, name in enumerate(_MEASURES):
+    for i, name in enumerate(_MEASURES):  # the first are the largest, so that what lies upon them hides none
         points = _points(found.places, lambda place, name=name: getattr(_of(place, protocol), name))  # type: ignore[misc]
         label = name.replace("_", " ")
-        panel.plot(*points, color=colour(i), marker=_MARKS[i], markersize=3.5, linewidth=1, alpha=0.85, label=label)
-    if protocol == "open":
-        points = _points(found.places, lambda place: place.score)
-        panel.plot(*points, color=INK, marker="o", markersize=5, linewidth=2.2, label="score, which decides")
+        panel.plot(
+            *points, color=colour(i), marker=_MARKS[i], markersize=6.5 - 1.4 * i, linewidth=1, alpha=0.85, label=label
+        )
+    points = _points(found.places, lambda place: place.score if protocol == "open" else place.survey_score)
+    panel.plot(*points, color=INK, marker="o", markersize=3, linewidth=2.2, label="score; the open one decides")
     panel.set(ylabel=f"{protocol} protocol", ylim=(-0.04, 1.06))
 
 
