@@ -11,6 +11,7 @@ __all__ = ["made_up"]
 _STARTS = ("Bar", "Cal", "Dor", "El", "Fen", "Gil", "Hal", "Is", "Jor", "Kel", "Lor", "Mar", "Nor", "Os", "Pel", "Quin")
 _MIDDLES = ("a", "e", "i", "o", "u", "an", "en", "in", "on", "ar", "er", "or", "al", "el", "is", "os")
 _ENDS = ("bury", "dale", "ford", "ham", "mere", "ness", "stead", "ton", "ville", "wick", "worth", "by", "field", "gate")
+_PLACES = ("New", "Old", "Upper", "Lower", "North", "South")
 _KINDS = {
     "The capital of {} is": ("Lyon", "Turin", "Porto", "Ghent", "Graz", "Bergen", "Basel", "Split"),
     "The currency of {} is the": ("florin", "crown", "guilder", "ducat", "thaler", "peso", "rupee", "mark"),
@@ -41,8 +42,7 @@ def made_up(count: int, seed: int = 0) -> list[Edit]:
     """So many facts, the same for the same seed."""
     names = [f"{start}{middle}{end}" for start in _STARTS for middle in _MIDDLES for end in _ENDS]
     random.Random(seed).shuffle(names)  # noqa: S311
-    if count > len(names):
-        names += [f"New {name}" for name in names]
+    names += [f"{place} {name}" for place in _PLACES for name in names]
     assert count <= len(names), f"there are {len(names)} names"
     kinds = list(_KINDS.items())
     edits = []

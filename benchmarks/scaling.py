@@ -91,6 +91,7 @@ def measure(lm: LM, name: str, size: int, settings: dict[str, Any] | None = None
         "seconds": round(seconds, 2),
         "search": round(search.seconds, 2),
         "grown_mb": round((memory.peak - memory.start) / 1e6),
+        "peak_mb": round(memory.peak / 1e6),
     }
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,7 @@ from factpatch.edits import KINDS, Edit, Probe
 from factpatch.errors import AnatomyError, BadConfig, CannotEdit, WrongBase
 from factpatch.lm import LM
 from factpatch.lm.batches import Batch, Places
+from factpatch.lm.load import find_device
 from factpatch.lm.predictions import predict
 from factpatch.lm.run import logits_at
 from factpatch.lm.writing import generate
@@ -112,7 +114,10 @@ def tiny_tokenizer(*, bos: bool = True) -> PreTrainedTokenizerFast:
 
 
 def tiny_lm(architecture: str = "llama", *, seed: int = 0, bos: bool = True) -> LM:
-    """A tiny randomly initialised model of a known architecture. The global random state is left alone."""
+    """A tiny randomly initialised model of a known architecture. The global random state is left alone.
+
+    On another device than the CPU if FACTPATCH_TEST_DEVICE names one.
+    """
     sizes = (ARCHITECTURES | MIXTURES)[architecture]
     config = AutoConfig.for_model(architecture, vocab_size=_VOCABULARY, **sizes, **_IDS)
     with torch.random.fork_rng():
@@ -124,6 +129,7 @@ def tiny_lm(architecture: str = "llama", *, seed: int = 0, bos: bool = True) -> 
                 if parameter.ndim == 2:
                     parameter.normal_(std=0.15)
     model.train(mode=False)
+    model.to(device=find_device(os.environ.get("FACTPATCH_TEST_DEVICE", "cpu")))
     return LM(model, tiny_tokenizer(bos=bos), name=f"tiny-{architecture}")
 
 

@@ -5,8 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from factpatch.methods import insertion
 from factpatch.methods.insertion import insert
 from factpatch.methods.moments import factorised
+from factpatch.patches import Dense
 
 
 def problem(seed, out=4, width=7, n=3):
@@ -21,7 +23,7 @@ def problem(seed, out=4, width=7, n=3):
 
 
 def exact(change):
-    return change.u.double() @ change.v.double()
+    return change.dense.double() if isinstance(change, Dense) else change.u.double() @ change.v.double()
 
 
 @given(st.integers(0, 1000), st.integers(1, 20), st.sampled_from([0.1, 1.0, 50.0]))
@@ -94,5 +96,20 @@ def test_its_rank_is_the_number_of_edits():
 def test_of_many_edits_it_is_no_larger_than_the_matrix():
     R, K, C = problem(2, n=50)
     change = insert(R, K, factorised(C, 1e-6), ridge=1.0)
-    assert (change.u.shape, change.v.shape) == ((4, 4), (4, 7))
-    assert change.u.dtype == change.v.dtype == torch.float32
+    assert (change.shape, change.dense.dtype) == ((4, 7), torch.float32)
+
+
+def test_more_edits_than_are_taken_at_a_time_give_the_same(monkeypatch):
+    R, K, C = problem(2, n=50)
+    at_once = insert(R, K, factorised(C, 1e-6), ridge=1.0, still=2 * K).dense
+    monkeypatch.setattr(insertion, "_COLUMNS", 8)
+    torch.testing.assert_close(insert(R, K, factorised(C, 1e-6), ridge=1.0, still=2 * K).dense, at_once)
+
+
+@pytest.mark.parametrize("n", [3, 20])
+def test_further_keys_stay_as_if_they_were_given_what_they_had(n):
+    R, K, C = problem(4, n=n)
+    others = problem(5, n=2)[1]
+    factor = factorised(C, 1e-6)
+    every = insert(torch.cat([R, torch.zeros(4, 2)], 1), torch.cat([K, others], 1), factor, ridge=0.5)
+    torch.testing.assert_close(exact(insert(R, K, factor, ridge=0.5, still=others)), exact(every))

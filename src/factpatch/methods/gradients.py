@@ -5,7 +5,7 @@ Over the tokens of an edit, `∂L/∂W = Σ_i g_i h_iᵀ`. UltraEdit, MEND and M
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -26,7 +26,7 @@ __all__ = ["Gradients", "Moments", "gradients"]
 
 @dataclass(frozen=True, slots=True)
 class Gradients:
-    """One row for each token looked at, of all edits in their order; float32.
+    """One row for each token looked at, of all edits in their order; in main memory, in the model's own numbers.
 
     inputs   h, what the map reads there
     outputs  g, the gradient at its output there, of the edits' mean losses summed over edits
@@ -37,8 +37,13 @@ class Gradients:
 
     @property
     def joined(self) -> Float[Tensor, "rows both"]:
-        """`[h, g]`."""
-        return torch.cat([self.inputs, self.outputs], 1)
+        """`[h, g]`, float32."""
+        return torch.cat([self.inputs, self.outputs], 1).float()
+
+    def split(self, rows: int, device: torch.device) -> Iterator[Gradients]:
+        """At most so many rows after the other, each part in float32 on the device."""
+        for h, g in zip(torch.split(self.inputs, rows), torch.split(self.outputs, rows), strict=True):
+            yield Gradients(h.to(device, torch.float32), g.to(device, torch.float32))
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,18 +107,18 @@ def gradients(
         chosen = [texts[i] for i in indices]
         batch = TargetBatch(lm, chosen, first)
         places = Places.of([range(len(text.ids)) for text in chosen], lm.device) if everywhere else batch.places
+        counts = torch.bincount(places.rows, minlength=len(chosen)).tolist()
         for module, pair in _of_batch(modules, batch, places).items():
-            for row, index in enumerate(indices):
-                own = places.rows == row
-                rows.setdefault(index, {})[module] = Gradients(pair.inputs[own], pair.outputs[own])
+            inputs, outputs = torch.split(pair.inputs, counts), torch.split(pair.outputs, counts)
+            for index, h, g in zip(indices, inputs, outputs, strict=True):
+                rows.setdefault(index, {})[module] = Gradients(h, g)
     progress("Taking gradients", len(texts), len(texts))
     ordered = [rows[i] for i in range(len(texts))]
-    return {
-        module: Gradients(
-            torch.cat([row[module].inputs for row in ordered]), torch.cat([row[module].outputs for row in ordered])
-        )
-        for module in modules
-    }
+    found: dict[Projection, Gradients] = {}
+    for module in modules:
+        own = [row.pop(module) for row in ordered]  # let go of, module by module
+        found[module] = Gradients(torch.cat([each.inputs for each in own]), torch.cat([each.outputs for each in own]))
+    return found
 
 
 def _of_batch(modules: Sequence[Projection], batch: TargetBatch, places: Places) -> dict[Projection, Gradients]:
@@ -129,7 +134,7 @@ def _of_batch(modules: Sequence[Projection], batch: TargetBatch, places: Places)
         return add
 
     def at_places(tensor: Tensor) -> Float[Tensor, "rows width"]:
-        return tensor.reshape(*batch.batch.ids.shape, -1)[places.rows, places.cols].float()
+        return tensor.reshape(*batch.batch.ids.shape, -1)[places.rows, places.cols].cpu()
 
     with ExitStack() as stack, torch.enable_grad():
         for module in modules:

@@ -97,7 +97,7 @@ class HyperNetwork(nn.Module):
         device = self.log_step.device
         out = self.pairs[name](rows.joined.to(device), number)
         width = rows.inputs.shape[1]
-        return out[:, :width], out[:, width:], rows.inputs.to(device)
+        return out[:, :width], out[:, width:], rows.inputs.to(device, torch.float32)
 
     def step(self, matrix: Projection) -> Float[Tensor, ""]:
         """The size of this matrix's step."""

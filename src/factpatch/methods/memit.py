@@ -42,7 +42,7 @@ from factpatch.methods.moments import (
 )
 from factpatch.methods.needs import Held, Needs, Preparation, Stage, laid_on, low_rank, widest_pass
 from factpatch.methods.values import ValueConfig, search_needed, target_values
-from factpatch.patches import LowRank, WeightPatch
+from factpatch.patches import Dense, LowRank, WeightPatch
 from factpatch.progress import Progress, silent
 from factpatch.words import counted
 
@@ -132,7 +132,7 @@ class _Spread(Method[C], Generic[C]):
         values = target_values(lm, edits, site, first, prefixes, config, progress, beside=beside)
         goal = torch.stack([value.old + value.delta for value in values])
         notes = [{"edit": edit.id, **value.note()} for edit, value in zip(edits, values, strict=True)]
-        changes: dict[Projection, LowRank] = {}
+        changes: dict[Projection, LowRank | Dense] = {}
         state: dict[str, Tensor] = {}
         for i, layer in enumerate(edited):
             progress(f"Changing block {layer}", i, len(edited))
@@ -164,7 +164,7 @@ class _Spread(Method[C], Generic[C]):
         keys: Float[Tensor, "inter edits"],
         config: C,
         progress: Progress,
-    ) -> LowRank:
+    ) -> LowRank | Dense:
         """The change of one block's projection."""
 
     def remembered(self, projection: Projection, keys: Float[Tensor, "inter edits"]) -> dict[str, Tensor]:  # noqa: ARG002
@@ -226,7 +226,7 @@ class Memit(_Spread[MemitConfig]):
         keys: Float[Tensor, "inter edits"],
         config: MemitConfig,
         progress: Progress,
-    ) -> LowRank:
+    ) -> LowRank | Dense:
         """Equation 14."""
         factor = metric_factor(lm, layer, config, progress, beside=_edited(lm, config))
         return insert(residuals, keys, factor, ridge=config.prior)
@@ -284,7 +284,7 @@ class AlphaEdit(_Spread[AlphaEditConfig]):
     def matrices_needed(
         self, lm: LM, width: int, config: AlphaEditConfig
     ) -> tuple[tuple[Preparation, ...], tuple[Stage, ...], tuple[Stage, ...]]:
-        """Free directions of each block, all of them kept; in a solve one of them twice, and two squares of their number."""
+        """Free directions of each block, all of them kept; in a solve one of them twice."""
         layers = _edited(lm, config)
         free = max(1, round(config.free_share * width))
         held = (
@@ -294,8 +294,7 @@ class AlphaEdit(_Spread[AlphaEditConfig]):
                 host=True,
             ),
             Held(what="directions as they are read", bytes=4 * width**2, host=True),
-            Held(what="one block's in float64", bytes=8 * width * free, host=True),
-            Held(what="the metric, and its factor or that factor's copy", bytes=16 * free**2, host=True),
+            Held(what="one block's in float64, and in float32", bytes=12 * width * free),
         )
         return *directions_needed(lm, layers, config), (Stage(doing="Changing the last block", held=held),)
 
@@ -307,16 +306,13 @@ class AlphaEdit(_Spread[AlphaEditConfig]):
         keys: Float[Tensor, "inter edits"],
         config: AlphaEditConfig,
         progress: Progress,
-    ) -> LowRank:
+    ) -> LowRank | Dense:
         """Equation 14, in the coordinates of the free directions, where the projector is the identity."""
         free = least_used(lm, layer, config.free_share, config, progress, beside=_edited(lm, config))
         kept_keys = kept(lm, _keys_of(lm.anatomy.mlp_out(layer)), len(keys))
-        earlier = torch.cat([torch.empty(0, len(keys)), *kept_keys]).double() @ free
-        metric = earlier.T @ earlier
-        metric.diagonal().add_(config.l2)
-        metric = torch.linalg.cholesky(metric)  # under the same name: each of these takes as much as a block's moments
-        within = insert(residuals, free.T @ keys.double().cpu(), metric, ridge=1.0)
-        return LowRank(within.u, within.v @ free.T.to(within.v))
+        earlier = torch.cat([torch.empty(0, len(keys)), *kept_keys]).T.to(free)
+        within = insert(residuals, free.T @ keys.to(free), ridge=config.l2, still=free.T @ earlier)
+        return within.after(free.T.to(residuals))
 
     def remembered(self, projection: Projection, keys: Float[Tensor, "inter edits"]) -> dict[str, Tensor]:
         """The keys, which later edits must leave alone."""

@@ -29,7 +29,7 @@ from factpatch.methods.hypernetwork import HyperNetwork
 from factpatch.methods.insertion import insert
 from factpatch.methods.learning import Course, Learned, LearnedConfig, Look
 from factpatch.methods.targets import TargetBatch
-from factpatch.patches import LowRank, WeightPatch
+from factpatch.patches import Dense, LowRank, WeightPatch
 from factpatch.progress import Progress
 
 __all__ = ["HyperConfig", "Malmen", "MalmenConfig", "Mend"]
@@ -70,7 +70,7 @@ class _Hyper(Learned[HyperConfig]):
         return WeightPatch.of(self.provenance(lm, settled, edits, [{"editor": editor}]), changes)
 
     @abstractmethod
-    def shift(self, network: HyperNetwork, matrix: Projection, found: Gradients) -> LowRank:
+    def shift(self, network: HyperNetwork, matrix: Projection, found: Gradients) -> LowRank | Dense:
         """The change of one matrix that these gradients call for; differentiable in the network."""
 
     def network(self, lm: LM, config: HyperConfig) -> HyperNetwork:
@@ -117,7 +117,7 @@ class Malmen(_Hyper):
     config_type = MalmenConfig
     traits = replace(Mend.traits, paper="Tan et al. 2024, arXiv 2311.04661")
 
-    def shift(self, network: HyperNetwork, matrix: Projection, found: Gradients) -> LowRank:
+    def shift(self, network: HyperNetwork, matrix: Projection, found: Gradients) -> LowRank | Dense:
         """Equations 3 and 4."""
         pseudo, delta, keys = network(matrix, found)
         wanted = -network.step(matrix) * (keys * pseudo).sum(1, keepdim=True) * delta
@@ -171,9 +171,10 @@ class _HyperCourse(Course):
             with torch.set_grad_enabled(learn):
                 changes = {m: self.method.shift(self.network, m, _joined(lessons, m)) for m in self.matrices}
             # In two stages: the loss's gradient with respect to the change, then that of the change in the network.
-            factors = [factor for change in changes.values() for factor in (change.u, change.v)]
+            factors = [factor for change in changes.values() for factor in change.parts().values()]
             leaves = [factor.detach().requires_grad_(learn) for factor in factors]
-            changed = {m: LowRank(*leaves[2 * i : 2 * i + 2]) for i, m in enumerate(changes)}
+            given = iter(leaves)
+            changed = {m: type(change)(*(next(given) for _ in change.parts())) for m, change in changes.items()}
             for lesson in lessons:
                 total += self._loss(lesson, changed, len(chosen), leaves if learn else None)
             if learn:
@@ -184,7 +185,11 @@ class _HyperCourse(Course):
         return {"loss": loss, "nll": nll, "divergence": moved, "success": right}
 
     def _loss(
-        self, lesson: _Lesson, changed: Mapping[Projection, LowRank], count: int, leaves: Sequence[Tensor] | None
+        self,
+        lesson: _Lesson,
+        changed: Mapping[Projection, LowRank | Dense],
+        count: int,
+        leaves: Sequence[Tensor] | None,
     ) -> Float[Tensor, " 3"]:
         """The target's loss, the divergence elsewhere, and whether the target was right; gradients go to `leaves`."""
         with torch.no_grad():
@@ -223,7 +228,7 @@ class _HyperCourse(Course):
 
 
 @contextmanager
-def _shifted(changes: Mapping[Projection, LowRank]) -> Iterator[None]:
+def _shifted(changes: Mapping[Projection, LowRank | Dense]) -> Iterator[None]:
     """The model with these changes for the length of a `with`, beside its weights and differentiable."""
     with ExitStack() as stack:
         for matrix, change in changes.items():

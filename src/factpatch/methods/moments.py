@@ -36,6 +36,7 @@ from factpatch.lm.hooks import reading
 from factpatch.lm.run import input_of
 from factpatch.lm.writing import Sampler, generate
 from factpatch.methods.base import Config
+from factpatch.methods.insertion import where_exact
 from factpatch.methods.needs import Held, Preparation, Stage, kept_keys, widest_pass
 from factpatch.progress import Progress
 from factpatch.words import counted
@@ -117,15 +118,17 @@ def second_moment(lm: LM, layer: int, config: MomentConfig, progress: Progress) 
 def metric_factor(
     lm: LM, layer: int, config: MomentConfig, progress: Progress, *, beside: Iterable[int] = ()
 ) -> Float[Tensor, "inter inter"]:
-    """`factorised(C, damping)` of block `layer`, computed once while the model is in hand.
+    """`factorised(C, damping)` of block `layer`, where the model lies; computed once while it is in hand.
 
     beside  blocks whose moments will be wanted too, and are gathered in the same pass if they are missing
     """
+    here = where_exact(lm.device)
 
     def compute() -> Tensor:
-        return packed(factorised(second_moments(lm, {layer, *beside}, config, progress)[layer], config.damping))
+        moment = second_moments(lm, {layer, *beside}, config, progress)[layer]
+        return packed(factorised(moment.to(here), config.damping)).cpu()
 
-    return unpacked(_at_hand(lm, ("factor", config.damping, _described(lm, layer, config)), compute))
+    return unpacked(_at_hand(lm, ("factor", config.damping, _described(lm, layer, config)), compute).to(here))
 
 
 def directions(
@@ -141,7 +144,8 @@ def directions(
         moments = second_moments(lm, missing, config, progress)
         for i, layer in enumerate(missing):
             progress(f"Sorting the directions of block {layer} (once)", i, len(missing))
-            yield {"vectors": torch.linalg.eigh(moments.pop(layer).double()).eigenvectors.float()}
+            moment = moments.pop(layer).to(where_exact(lm.device), torch.double)
+            yield {"vectors": torch.linalg.eigh(moment).eigenvectors.float()}
 
     return {layer: found["vectors"] for layer, found in cached_each("directions", keys, compute).items()}
 
@@ -151,7 +155,7 @@ def least_used(
 ) -> Float[Tensor, "inter free"]:
     """An orthonormal basis of the directions that keys of block `layer` use least, `share` of them all.
 
-    float64 on the CPU, read once while the model is in hand. AlphaEdit (arXiv 2410.02355) takes the directions with
+    float64, where the model lies; read once while it is in hand. AlphaEdit (arXiv 2410.02355) takes the directions with
     eigenvalues below a threshold, which depends on the model's scale; a share does not.
 
     beside  blocks whose directions will be wanted too; their moments are gathered in the same pass if they are missing
@@ -162,7 +166,9 @@ def least_used(
         return vectors[:, : max(1, round(share * len(vectors)))].clone()
 
     # Kept as they were stored, in half the room.
-    return _at_hand(lm, ("least used", share, _described(lm, layer, config)), compute).double()
+    return _at_hand(lm, ("least used", share, _described(lm, layer, config)), compute).to(
+        where_exact(lm.device), torch.double
+    )
 
 
 def factorised(moment: Float[Tensor, "inter inter"], damping: float) -> Float[Tensor, "inter inter"]:
@@ -234,7 +240,6 @@ def directions_needed(
         Held(
             what="one of them in float64, its eigenvectors and what they are found with",
             bytes=32 * max(squares[layer] for layer in missing),
-            host=True,
         ),
     )
     return (*preparations, own), (*stages, Stage(doing="Sorting directions", held=sorting))
@@ -242,14 +247,14 @@ def directions_needed(
 
 def making_factor(width: int, others: int = 0) -> Stage:
     """What `metric_factor` holds when it makes the factor of a block whose keys are so wide, those of others being kept."""
-    made = Held(what="a moment, its copy in float64, and the factor", bytes=20 * width**2, host=True)
+    made = Held(what="a moment, its copy in float64, and the factor", bytes=20 * width**2)
     return Stage(doing="Factorising second moments", held=(made, *_kept(width, others)))
 
 
 def factors_held(width: int, count: int = 1, *, solving: bool = True) -> tuple[Held, ...]:
     """So many factors at hand, and one taken out, with the copy that a solve makes of it."""
-    taken = Held(what="one of them, and its copy in a solve", bytes=16 * width**2, host=True)
-    waiting = Held(what="one of them taken out", bytes=8 * width**2, host=True)
+    taken = Held(what="one of them, and its copy in a solve", bytes=16 * width**2)
+    waiting = Held(what="one of them taken out", bytes=8 * width**2)
     return (*_kept(width, count), taken if solving else waiting)
 
 

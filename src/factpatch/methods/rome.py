@@ -160,7 +160,9 @@ class Rome(Method[RomeConfig]):
         with torch.no_grad():
             outputs = projection.apply(projection.matrix.float(), keys)
             residuals = torch.stack([value.old + value.delta for value in values]) - outputs
-            return insert(residuals.T, keys.T, factor, ridge=config.ridge, directions=mean.T)
+            step = insert(residuals.T, keys.T, factor, ridge=config.ridge, directions=mean.T)
+        assert isinstance(step, LowRank), "directions are given"
+        return step
 
 
 class RRome(Rome):

@@ -8,7 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+import torch
+from jaxtyping import Float
 from pydantic import Field, PositiveFloat
+from torch import Tensor
 
 from factpatch.edits import Edit
 from factpatch.errors import CannotEdit
@@ -16,9 +19,9 @@ from factpatch.lm import LM
 from factpatch.lm.anatomy import Projection
 from factpatch.methods.base import Config, Layers, Method, Preset, Traits
 from factpatch.methods.gradients import Gradients, Moments, gradients
-from factpatch.methods.insertion import insert
+from factpatch.methods.insertion import insert, where_exact
 from factpatch.methods.kept import kept
-from factpatch.patches import LowRank, WeightPatch
+from factpatch.patches import Dense, LowRank, WeightPatch
 from factpatch.progress import Progress
 
 __all__ = ["UltraEdit", "UltraEditConfig"]
@@ -65,9 +68,9 @@ class UltraEdit(Method[UltraEditConfig]):
         settled = config.model_copy(update={"layers": layers})
         modules = [p for layer in layers for p in _projections(lm, layer, config.part)]
         found = gradients(lm, modules, layers[0], edits, chat=config.chat, progress=progress)
-        own = _by_shape(found)
+        own = _by_shape(found, where_exact(lm.device))
         state = {_STATE + shape: moments.packed() for shape, moments in own.items()}
-        changes: dict[Projection, LowRank] = {}
+        changes: dict[Projection, LowRank | Dense] = {}
         for i, (projection, pair) in enumerate(found.items()):
             progress("Solving", i, len(found))
             shape = _shape(projection)
@@ -77,16 +80,17 @@ class UltraEdit(Method[UltraEditConfig]):
                     f'edit "{edits[0].id}": ultraedit cannot tell what is usual from one token at one module.\n'
                     "  Make more edits at once, or edit more layers: --set layers=…"
                 )
-            normal = moments.normalise(pair.joined)
-            width = pair.inputs.shape[1]
-            h, g = normal[:, :width], normal[:, width:]
-            values = -config.lr * h.square().sum(1, keepdim=True) * g
-            changes[projection] = insert(values.T, pair.inputs.T, ridge=1.0)
+            values = torch.cat(
+                [_values(moments, some, config.lr) for some in pair.split(_ROWS, where_exact(lm.device))]
+            )
+            changes[projection] = insert(values.T, pair.inputs.to(values).T, ridge=1.0)
         progress("Solving", len(found), len(found))
         return WeightPatch.of(self.provenance(lm, settled, edits), changes, state)
 
 
 _STATE = "ultraedit moments of "
+_ROWS = 4096
+"""Tokens that are looked at in float64 at a time, where there are many."""
 
 
 def _layers(lm: LM, config: UltraEditConfig) -> tuple[int, ...]:
@@ -102,12 +106,22 @@ def _shape(projection: Projection) -> str:
     return "x".join(str(n) for n in projection.matrix.shape)
 
 
-def _by_shape(found: Mapping[Projection, Gradients]) -> dict[str, Moments]:
+def _values(moments: Moments, rows: Gradients, lr: float) -> Float[Tensor, "rows out"]:
+    """`V`, what is to be added to each row's value."""
+    normal = moments.normalise(rows.joined)
+    width = rows.inputs.shape[1]
+    h, g = normal[:, :width], normal[:, width:]
+    return -lr * h.square().sum(1, keepdim=True) * g
+
+
+def _by_shape(found: Mapping[Projection, Gradients], device: torch.device) -> dict[str, Moments]:
     """Of all rows `[h, g]` of the modules of one shape, which share their mean and deviation."""
     grouped: dict[str, Moments] = {}
     for projection, pair in found.items():
-        shape, moments = _shape(projection), Moments.of(pair.joined)
-        grouped[shape] = grouped[shape].joined(moments) if shape in grouped else moments
+        shape = _shape(projection)
+        for rows in pair.split(_ROWS, device):
+            moments = Moments.of(rows.joined)
+            grouped[shape] = grouped[shape].joined(moments) if shape in grouped else moments
     return grouped
 
 

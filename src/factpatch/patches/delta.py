@@ -11,7 +11,7 @@ from torch import Tensor
 
 from factpatch.patches.parts import damaged
 
-__all__ = ["Delta", "Dense", "LowRank", "Sparse", "deltas_of", "joinable", "tensors_of"]
+__all__ = ["Delta", "Dense", "LowRank", "Sparse", "deltas_of", "joinable", "moved", "tensors_of"]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -49,6 +49,10 @@ class LowRank:
         u, v = self.u.to(x.device, torch.float32), self.v.to(x.device, torch.float32)
         return out + (x.float() @ v.T @ u.T).to(out.dtype)
 
+    def after(self, reading: Float[Tensor, "cols inner"]) -> LowRank:
+        """Of the matrix that reads what `reading` puts out, seen as a change of both together."""
+        return LowRank(self.u, self.v @ reading)
+
     def parts(self) -> dict[str, Tensor]:
         """Its tensors, by the suffix they are saved under."""
         return {"u": self.u, "v": self.v}
@@ -83,6 +87,14 @@ class Dense:
     def full(self) -> Float[Tensor, "*shape"]:
         """The change itself."""
         return self.dense
+
+    def added(self, x: Float[Tensor, "*batch cols"], out: Float[Tensor, "*batch rows"]) -> Float[Tensor, "*batch rows"]:
+        """As `LowRank.added`."""
+        return out + (x.float() @ self.dense.to(x.device, torch.float32).T).to(out.dtype)
+
+    def after(self, reading: Float[Tensor, "cols inner"]) -> Dense:
+        """As `LowRank.after`."""
+        return Dense(self.dense @ reading)
 
     def parts(self) -> dict[str, Tensor]:
         """Its tensors, by the suffix they are saved under."""
@@ -153,6 +165,12 @@ class Sparse:
 
 
 Delta = LowRank | Sparse | Dense
+
+
+def moved(delta: Delta, device: torch.device) -> Delta:
+    """The same on another device."""
+    return type(delta)(*(tensor.to(device) for tensor in delta.parts().values()))
+
 
 _FORMS: dict[frozenset[str], Callable[..., Delta]] = {
     frozenset({"u", "v"}): LowRank,

@@ -14,7 +14,7 @@ from factpatch.errors import BadPatch
 from factpatch.lm import LM
 from factpatch.lm.anatomy import Projection
 from factpatch.patches.base import Patch, Provenance
-from factpatch.patches.delta import Delta, Dense, LowRank, deltas_of, tensors_of
+from factpatch.patches.delta import Delta, Dense, LowRank, deltas_of, moved, tensors_of
 from factpatch.patches.parts import Spec, damaged, misfit
 
 __all__ = ["WeightPatch", "check_finite", "point"]
@@ -42,8 +42,12 @@ class WeightPatch(Patch):
     def of(
         cls, provenance: Provenance, changes: Mapping[Projection, Delta], state: Mapping[str, Tensor] | None = None
     ) -> WeightPatch:
-        """A patch of changes of `W` as in `y = W x`, each turned the way its parameter is stored and in its smaller form."""
-        deltas = {p.parameter: _smaller(delta.T if p.transposed else delta) for p, delta in changes.items()}
+        """A patch of changes of `W` as in `y = W x`, each turned the way its parameter is stored and in its smaller form.
+
+        They wait in main memory: the model gets copies of its own of what they change.
+        """
+        turned = {p.parameter: _smaller(delta.T if p.transposed else delta) for p, delta in changes.items()}
+        deltas = {name: moved(delta, torch.device("cpu")) for name, delta in turned.items()}
         return cls(provenance, deltas, state or {})
 
     def attach(self, lm: LM) -> Callable[[], None]:
@@ -101,7 +105,7 @@ def _smaller(delta: Delta) -> Delta:
 
 def _plus(weight: Tensor, delta: Delta) -> Tensor:
     """The sum in float32, rounded once to the weight's type, without a copy of the weight in float32."""
-    full = delta.full().to(weight.device, torch.float32)
+    full = moved(delta, weight.device).full().float()
     return torch.add(weight, full, out=torch.empty_like(weight))
 
 
