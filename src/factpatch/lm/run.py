@@ -52,14 +52,29 @@ class Runnable(Protocol):
 
 def forward(lm: Runnable, batch: Batch, notes: dict[Any, Tensor] | None = None) -> Any:
     """The model's output over a whole batch; `notes` are those of the pass."""
-    with passing(Pass(batch.mask, batch.ends, {} if notes is None else notes, batch.lanes)):
+    with passing(Pass(batch.mask, batch.ends, {} if notes is None else notes, batch.lanes)), of_any_shape():
         return lm.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
 
 
 def forward_on(lm: Runnable, ids: Int[Tensor, "batch new"], mask: Int[Tensor, "batch seq"], past: Any) -> Any:
     """The last columns, after those whose keys and values are in `past`. The output has them all."""
     positions = _positions(lm, mask, ids.shape[1])
-    return lm.model(input_ids=ids, attention_mask=mask, past_key_values=past, use_cache=True, **positions)
+    with of_any_shape():
+        return lm.model(input_ids=ids, attention_mask=mask, past_key_values=past, use_cache=True, **positions)
+
+
+@contextmanager
+def of_any_shape() -> Iterator[None]:
+    """Let attention be computed by what needs no plan for each shape.
+
+    cuDNN makes one, in some tens of milliseconds; batches here have nearly every shape, and in writing each step its own.
+    """
+    enabled = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+    torch.backends.cuda.enable_cudnn_sdp(enabled=False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(enabled=enabled)
 
 
 @contextmanager

@@ -59,7 +59,7 @@ class Moments:
         """Of some rows, in float64."""
         exact = rows.double()
         mean = exact.mean(0)
-        return cls(torch.tensor(float(len(rows)), dtype=torch.double), mean, ((exact - mean) ** 2).sum(0))
+        return cls(exact.new_tensor(float(len(rows))), mean, ((exact - mean) ** 2).sum(0))
 
     def joined(self, other: Moments) -> Moments:
         """Of both sets of rows together (Chan et al. 1983)."""

@@ -73,6 +73,7 @@ class Serac(Learned[SeracConfig]):
         """Write the edits down beside what was trained."""
         network, config, editor = self.trained(lm, config, progress)
         assert isinstance(network, _Network)
+        network.cpu()  # as it would come from disk
         ordered = in_own_order(edits)
         notes = tuple(Note(text=note_of(edit), topic=fact_of(edit)) for edit in ordered)
         recall = Recall(encoder=config.encoder, threshold=config.threshold, most=1)

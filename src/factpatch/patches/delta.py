@@ -168,8 +168,8 @@ Delta = LowRank | Sparse | Dense
 
 
 def moved(delta: Delta, device: torch.device) -> Delta:
-    """The same on another device."""
-    return type(delta)(*(tensor.to(device) for tensor in delta.parts().values()))
+    """The same on another device, row by row, as a file holds it: products of other layouts round otherwise."""
+    return type(delta)(*(tensor.to(device).contiguous() for tensor in delta.parts().values()))
 
 
 _FORMS: dict[frozenset[str], Callable[..., Delta]] = {

@@ -76,7 +76,8 @@ class RoutedPatch(ContextPatch):
             stack.callback(lm.contexts.remove, router)
             stack.callback(lm.model.register_forward_pre_hook(router.look, with_kwargs=True).remove)
             for name, change in self.adapter.items():
-                stack.enter_context(replacing_output(modules[name], router.adding(change)))
+                there = LowRank(change.u.to(lm.device), change.v.to(lm.device))
+                stack.enter_context(replacing_output(modules[name], router.adding(there)))
             return stack.pop_all().close
 
     def similarity(self, asked: Float[Tensor, "prompts width"]) -> Float[Tensor, "prompts notes"]:

@@ -48,7 +48,7 @@ class WeightPatch(Patch):
         """
         turned = {p.parameter: _smaller(delta.T if p.transposed else delta) for p, delta in changes.items()}
         deltas = {name: moved(delta, torch.device("cpu")) for name, delta in turned.items()}
-        return cls(provenance, deltas, state or {})
+        return cls(provenance, deltas, {name: tensor.cpu() for name, tensor in (state or {}).items()})
 
     def attach(self, lm: LM) -> Callable[[], None]:
         """Point each touched parameter at a changed copy; undoing points it back at the very tensor it had."""
