@@ -144,8 +144,8 @@ def _write(out: Path | None, rows: Sequence[Row], ratios: Sequence[str], lm: LM,
     typer.echo(lines[-1])
     lines += [
         "",
-        "One edit in the plain path (`benchmarks/plain.py`) with the same settings, of ROME the published twenty contexts, on the",
-        "same device; medians of three:",
+        "One edit in the plain path (`benchmarks/plain.py`) with the same settings, of ROME the published twenty contexts, on",
+        "the same device; medians of three:",
         "",
         "| task | plain s | ours s | ratio | spread |",
         "| --- |" + " ---: |" * 4,

@@ -144,10 +144,19 @@ def directions(
         moments = second_moments(lm, missing, config, progress)
         for i, layer in enumerate(missing):
             progress(f"Sorting the directions of block {layer} (once)", i, len(missing))
-            moment = moments.pop(layer).to(where_exact(lm.device), torch.double)
-            yield {"vectors": torch.linalg.eigh(moment).eigenvectors.float()}
+            yield {"vectors": _eigenvectors(moments.pop(layer), where_exact(lm.device))}
 
     return {layer: found["vectors"] for layer, found in cached_each("directions", keys, compute).items()}
+
+
+def _eigenvectors(moment: Float[Tensor, "inter inter"], device: torch.device) -> Float[Tensor, "inter inter"]:
+    """By eigenvalue, found in float64; on the CPU if there is no room on the device for four such matrices."""
+    vectors: Tensor
+    try:
+        _, vectors = torch.linalg.eigh(moment.to(device, torch.double))
+    except torch.OutOfMemoryError:
+        _, vectors = torch.linalg.eigh(moment.double())
+    return vectors.float()
 
 
 def least_used(
