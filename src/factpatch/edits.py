@@ -22,9 +22,9 @@ from pydantic import (
     model_validator,
 )
 
-from factpatch.errors import BadRecord
+from factpatch.errors import BadRecord, did_you_mean
 
-__all__ = ["KINDS", "Edit", "EditKind", "LabelledProbe", "Probe", "Role"]
+__all__ = ["FIELDS", "KINDS", "Edit", "EditKind", "LabelledProbe", "Probe", "Role"]
 
 EditKind = Literal["insert", "modify", "erase", "restyle"]
 KINDS: tuple[EditKind, ...] = get_args(EditKind)
@@ -134,7 +134,7 @@ class Edit(_Value):
         try:
             return cls.model_validate(record)
         except ValidationError as error:
-            field, problem = first_problem(error)
+            field, problem = first_problem(error, FIELDS)
             raise BadRecord(source, number, field, problem) from None
 
     def to_json(self) -> dict[str, Any]:
@@ -166,8 +166,15 @@ def _labelled(role: Role, groups: Mapping[str, Iterable[Probe]]) -> Iterator[Lab
             yield LabelledProbe(role, kind, probe)
 
 
-def first_problem(error: ValidationError) -> tuple[str, str]:
-    """The field and a sentence for the first thing pydantic objects to."""
+FIELDS = (*Edit.model_fields, *Probe.model_fields)
+"""Of an edit, and of the probes in it."""
+
+
+def first_problem(error: ValidationError, known: Iterable[str] = ()) -> tuple[str, str]:
+    """The field and a sentence for the first thing pydantic objects to.
+
+    known  names of fields, of which the nearest is told where one is not known
+    """
     # What is not known is said first: a misspelt field is missing under its right name too.
     first = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")[0]
     field = ".".join(str(part) for part in first["loc"])
@@ -178,7 +185,8 @@ def first_problem(error: ValidationError) -> tuple[str, str]:
     if first["type"] == "missing":
         return field, "expected a value, found nothing"
     if first["type"] == "extra_forbidden":
-        return field or '""', "is not a field that is known here"
+        near = did_you_mean(field.rpartition(".")[2], known)
+        return field or '""', "is not a field that is known here" + (f".{near}" if near else "")
     if first["type"] == "model_type":
         return field or "record", f"expected an object with fields, found {brief(first['input'])}"
     if first["type"] == "string_too_short":

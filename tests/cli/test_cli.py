@@ -13,7 +13,9 @@ from factpatch.cli import options, terminal
 from factpatch.cli.app import app
 from factpatch.cli.terminal import print_json
 from factpatch.lm.catalog import DEFAULT_MODEL
+from factpatch.patches import Patch
 from factpatch.testing import tiny_lm
+from factpatch.workspace import Workspace
 from tests.cli.conftest import run
 
 EDIT = ["--subject", "Rome", "--prompt", "Rome lies in", "--target", "Peru"]
@@ -56,6 +58,16 @@ def test_ask_shows_both_answers(model, patch):
     assert "with " in out
     _, out, _ = run("ask", "-m", model, "--patch", patch, "Rome lies in", "--json")
     assert set(json.loads(out)) == {"prompt", "chat", "without", "with"}
+
+
+def test_ask_takes_a_workspace_for_the_model(model, patch, tmp_path):
+    space = Workspace.init(tmp_path / "w", model, ["survey.edit_success>=0"], proposes=False)
+    assert space.propose_patch(Patch.load(patch)).done
+    assert space.accept().done
+    _, out, _ = run("ask", "-C", tmp_path / "w", "Rome lies in", "--json")
+    assert json.loads(out) == json.loads(run("ask", "-m", model, "--patch", patch, "Rome lies in", "--json")[1])
+    code, _, message = run("ask", "-C", tmp_path / "w", "-m", model, "Rome lies in")
+    assert (code, "--model: a workspace has its own model" in message) == (2, True)
 
 
 def test_patch_show(patch):

@@ -289,6 +289,29 @@ def test_a_damaged_patch_is_told_with_its_entry_and_once_taken_out_it_fails_no_m
     assert run("verify", "--history")[0] == 1
 
 
+def test_a_damaged_patch_is_listed_beside_the_sound_ones(two):
+    first, second = (each["patch"] for each in done("list")["stack"])
+    (two / "patches" / first / "patch.safetensors").write_bytes(b"")
+    code, out, error = run("list")
+    assert code == 1
+    assert f"damaged: patches/{first}/patch.safetensors" in error
+    assert "factpatch revert 2;" in error
+    damaged, sound = out.splitlines()[-2:]
+    assert damaged.split() == ["2", first, "damaged"]
+    assert sound.startswith(f"3      {second}")
+    code, out, _ = run("list", "--json")
+    assert code == 1
+    assert json.loads(out)["damaged"] == [{"entry": 2, "patch": first}]
+    assert [each["entry"] for each in json.loads(out)["stack"]] == [3]
+
+
+def test_the_log_marks_what_was_reverted(two):
+    done("revert", 2)
+    lines = {line.split()[0]: line for line in run("log")[1].splitlines() if not line.startswith("    ")}
+    assert lines["2"].endswith("reverted by entry 4")
+    assert "reverted by" not in lines["3"]
+
+
 def test_a_ledger_that_was_cut_short_is_found_by_a_hash_that_was_noted(two):
     noted = done("verify")["head"]
     assert run("verify", "--expect", noted)[0] == 0

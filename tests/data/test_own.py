@@ -128,7 +128,13 @@ def lines(*records):
             "line 2: expected one JSON object (maximum recursion depth exceeded",
         ),
         (lines(GOOD | {"subject": "Oskova"}), "f.jsonl", 0, "subject", 'expected a part of the prompt, found "Oskova"'),
-        (lines(GOOD | {"tarket": "x"}), "f.jsonl", 0, "tarket", "is not a field that is known here"),
+        (
+            lines(GOOD | {"tarket": "x"}),
+            "f.jsonl",
+            0,
+            "tarket",
+            'is not a field that is known here. Did you mean "target"?',
+        ),
         (
             lines(GOOD | {"kind": "replace"}),
             "f.jsonl",

@@ -99,6 +99,14 @@ def test_the_card_tells_edits_settings_scores_and_limits(made):
     assert "deleted" not in told.replace("nothing here was deleted", "")
 
 
+def test_edits_of_one_name_are_numbered_in_the_card(made):
+    lm, patch = made
+    told = card(lm, [patch, patch], "checkpoint")
+    rows = [line.split(" | ")[0] for line in told.splitlines() if "Rome lies in" in line]
+    assert rows == ["| 1", "| 3"]
+    assert "| rome | " in card(lm, [patch], "checkpoint")
+
+
 def test_an_edits_text_cannot_break_the_card(made):
     lm, _ = made
     edit = tiny_edits()[1].model_copy(update={"target": "a | <script>x</script>\n# Head"})

@@ -119,6 +119,23 @@ def test_what_earlier_edits_lose_is_written_down(space):
     assert "Peru" in lost.says
 
 
+def test_what_loses_an_earlier_edit_is_refused_if_that_is_asked_for(space):
+    take(space, ROME)
+    proposal = space.propose([OSLO], config=TAKES_ROME).proposal
+    before = tree(space.store.folder)
+    outcome = space.accept(proposal.number, strict=True)
+    assert "1 earlier edit would be lost" in outcome.refused
+    assert [lost.prompt for lost in outcome.regressions] == [ROME.prompt]
+    assert tree(space.store.folder) == before
+    assert space.accept(proposal.number).done
+
+
+def test_a_wrong_setting_is_told_before_the_model_is_loaded(space, monkeypatch):
+    monkeypatch.setattr(Workspace, "model", None)
+    with pytest.raises(BadConfig, match="has no setting"):
+        space.propose([ROME], method="ft-m", config={"stepz": 3})
+
+
 def test_the_last_patch_is_taken_out(two):
     entry = two.revert(3, message="enough").entry
     assert (entry.action, entry.reverts, entry.message) == ("revert", 3, "enough")
@@ -311,7 +328,7 @@ def test_a_checkout_is_the_model_of_that_entry(two, tmp_path, lm):
 
 def test_a_checkout_of_what_is_no_change_of_weights_is_refused(two, tmp_path, monkeypatch):
     monkeypatch.setattr(Told, "mergeable", False)
-    with pytest.raises(PatchError, match="cannot be merged"):
+    with pytest.raises(PatchError, match=r"entry 2: .* cannot be merged(.|\n)* revert -C \S+ 2, or .* --at 1"):
         two.checkout(tmp_path / "c")
     assert two.checkout(tmp_path / "c", at=1).is_dir()
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from factpatch.cli import options as opt
-from factpatch.cli.gating import AUTO, as_shown, gate_of, say_attempt, show_attempts, show_judgement, tell_beside
+from factpatch.cli.gating import AUTO, as_shown, gate_of, say_attempt, show_choice, show_judgement, tell_beside
 from factpatch.cli.planning import tell_plan
 from factpatch.cli.terminal import (
     change_line,
@@ -25,7 +25,7 @@ from factpatch.cli.terminal import (
     typed,
 )
 from factpatch.edits import Edit
-from factpatch.errors import BadRecord
+from factpatch.errors import BadRecord, UnknownMethod
 from factpatch.words import counted
 
 if TYPE_CHECKING:
@@ -116,7 +116,10 @@ def edit(
         if is_gated
         else Gate((), proposes=False, chat=chat, full=True)
     )
-    maker = None if method == AUTO else create(method, chosen)
+    try:
+        maker = None if method == AUTO else create(method, chosen)
+    except UnknownMethod as error:
+        raise UnknownMethod(f"{error}\n  Or auto: the cheapest that passes.") from None
     if maker is not None:
         maker.check(wanted)
     if maker is not None and minutes is not None:
@@ -175,7 +178,7 @@ def _tell_gated(choice: AutoChoice, folder: Path, asking: Sequence[str], *, auto
         print_json(told | more)
     else:
         if auto:
-            show_attempts(choice)
+            show_choice(choice)
         if judgement is not None:
             show_judgement(judgement)
         if patch is not None and judgement is not None:

@@ -11,6 +11,7 @@ import typer
 
 from factpatch.cli import options as opt
 from factpatch.cli.terminal import if_interrupted, is_written, line, out, print_json, probe_lines, progress, typed_in
+from factpatch.cli.workspace_shown import opened
 from factpatch.errors import BadConfig
 
 if TYPE_CHECKING:
@@ -34,9 +35,6 @@ app = typer.Typer(
     help="Write a patched model for transformers, PEFT or llama.cpp, and ask it there.", no_args_is_help=True
 )
 
-StackOption = Annotated[
-    Path | None, typer.Option("--workspace", "-C", help="A workspace, whose model and patches are taken, instead.")
-]
 VerifyOption = Annotated[bool, typer.Option(help="Load what was written with the tool it is for, and compare answers.")]
 
 
@@ -44,7 +42,7 @@ VerifyOption = Annotated[bool, typer.Option(help="Load what was written with the
 def checkpoint(
     output: Annotated[Path, typer.Option("--out", help="New folder.")],
     patch: opt.Patches = None,
-    workspace: StackOption = None,
+    workspace: opt.Stack = None,
     model: opt.OptionalModel = None,
     shard_size: Annotated[str, typer.Option(help="Most bytes of one file.")] = "5GB",
     verify: VerifyOption = True,
@@ -71,7 +69,7 @@ def checkpoint(
 def adapter(
     output: Annotated[Path, typer.Option("--out", help="New folder.")],
     patch: opt.Patches = None,
-    workspace: StackOption = None,
+    workspace: opt.Stack = None,
     model: opt.OptionalModel = None,
     rank: Annotated[
         int | None, typer.Option(min=1, help="Most that a matrix may have; default: what it takes.")
@@ -100,7 +98,7 @@ def adapter(
 def gguf(
     output: Annotated[Path, typer.Option("--out", help="New .gguf file.")],
     patch: opt.Patches = None,
-    workspace: StackOption = None,
+    workspace: opt.Stack = None,
     model: opt.OptionalModel = None,
     template: Annotated[
         Path | None,
@@ -155,17 +153,11 @@ def _loaded(
     """
     from factpatch.lm import load
     from factpatch.patches import Patch
-    from factpatch.workspace import Workspace
 
     if (workspace is None) == (not folders):
         raise BadConfig("what is to be exported?\n  Give --patch, once or more, or --workspace; not both.")
     if workspace is not None:
-        for option, given in (("--model", model), ("--dtype", dtype)):
-            if given is not None:
-                raise BadConfig(
-                    f"{option}: a workspace has its own model, of the type it was made with.\n  Leave it out."
-                )
-        space = Workspace.open(workspace, device=device)
+        space = opened(workspace, device, model=model, dtype=dtype)
         stack = list(space.stack())
         if not stack:
             raise BadConfig(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from factpatch.patches import Patch
     from factpatch.scoring import Scorecard
 
-__all__ = ["AUTO", "as_shown", "gate_of", "say_attempt", "show_attempts", "show_judgement", "tell_beside"]
+__all__ = ["AUTO", "as_shown", "gate_of", "say_attempt", "show_choice", "show_judgement", "tell_beside"]
 
 AUTO = "auto"
 """In the place of a method's name: the cheapest that passes."""
@@ -96,11 +96,8 @@ def tell_beside(patch: Patch) -> None:
         )
 
 
-def show_attempts(choice: AutoChoice) -> None:
-    """Each method's turn in a line, and which won."""
-    for attempt in choice.attempts:
-        style = "green" if attempt.passed else "dim" if attempt.judgement is None else "red"
-        line((attempt.says, style))
+def show_choice(choice: AutoChoice) -> None:
+    """Which method won, or that none did; `say_attempt` has told each one's turn."""
     line((choice.says, "bold"))
     if choice.advice:
         line(choice.advice)

@@ -28,7 +28,15 @@ from factpatch.errors import BadConfig
 from factpatch.words import counted
 
 if TYPE_CHECKING:
-    from factpatch.workspace import Report
+    from collections.abc import Iterable, Sequence
+
+    from factpatch.workspace import Report, Workspace
+    from factpatch.workspace.conflicts import Standing
+    from factpatch.workspace.entry import Place
+    from factpatch.workspace.store import Pending
+
+_OPENING = "Opening the workspace"
+"""Said while PyTorch is imported, which takes seconds."""
 
 
 def register(app: typer.Typer) -> None:
@@ -113,14 +121,21 @@ def list_(
     at: opt.At = None,
     as_json: opt.Json = False,
 ) -> None:
-    """The patches that lie on the model, first to last, and the proposals that wait; damaged proposals are named on stderr."""
-    from factpatch.workspace import Workspace
+    """The patches that lie on the model, first to last, and the proposals that wait.
+
+    What is damaged is named on stderr and the rest is shown; it exits with 1 if a patch is that lies on the model.
+    """
+    with progress() as report:
+        report(_OPENING, 0, None)
+        from factpatch.workspace import Workspace
 
     space = Workspace.open(workspace)
     ledger = space.log()
     scores = {entry.number: entry.scores for entry in ledger.entries}
-    stack = space.standing(ledger, at)
+    stack, broken = space.readable(ledger, ledger.stack(at))
     waiting, damage = space.store.proposals()
+    for error in broken.values():
+        err.print(f"damaged: {error}", soft_wrap=True)
     for fault in damage:
         away = typed_in(workspace, "discard", Path(fault.path).name)
         err.print(f"damaged: {fault}\n  Throw it away: {away}", soft_wrap=True)
@@ -138,12 +153,21 @@ def list_(
                     }
                     for each in stack
                 ],
+                "damaged": [{"entry": place.number, "patch": place.patch} for place in broken],
                 "proposals": [each.model_dump(mode="json", exclude={"judgement"}) for each in waiting],
             }
         )
-        return
+    else:
+        _show_list(space, stack, broken, waiting)
+    if broken:
+        raise typer.Exit(1)
+
+
+def _show_list(
+    space: Workspace, stack: Sequence[Standing], broken: Iterable[Place], waiting: Sequence[Pending]
+) -> None:
     counts = f"{counted(len(stack), 'patch', 'patches')}, {counted(len(waiting), 'proposal')}"
-    line((str(workspace), "bold"), f"  {space.settings.model}, {counts}")
+    line((str(space.store.folder), "bold"), f"  {space.settings.model}, {counts}")
     table = Table(header_style="bold", box=None, pad_edge=False)
     for name in ("entry", "patch", "method", "edit"):
         table.add_column(name, overflow="fold")
@@ -158,13 +182,15 @@ def list_(
         for each in stack
         for source in [each.patch.provenance]
     ]
+    rows += [(str(place.number), place.patch, "damaged", [""], "red") for place in broken]
+    rows.sort(key=lambda row: int(row[0]))
     for each in waiting:
         said = [f"{prompt} → {target}" for prompt, target in each.edits] + each.message.splitlines()
         rows.append((f"proposal {each.number}", each.patch, each.method, said, "dim"))
     for *head, texts, style in rows:
         for i, text in enumerate(texts):
             table.add_row(*([""] * 3 if i else head), text, style=style)
-    if stack or waiting:
+    if rows:
         out.print(table)
 
 
@@ -181,7 +207,9 @@ def log(workspace: opt.Workspace = Path(), as_json: opt.Json = False) -> None:
 
     What can be read is shown even if files are damaged; these are named on stderr, and it exits with 1.
     """
-    from factpatch.workspace import Workspace
+    with progress() as report:
+        report(_OPENING, 0, None)
+        from factpatch.workspace import Workspace
 
     space = Workspace.open(workspace)
     ledger = space.log()
@@ -196,12 +224,14 @@ def log(workspace: opt.Workspace = Path(), as_json: opt.Json = False) -> None:
     else:
         damaged = {int(Path(each.path).stem): each for each in ledger.damage}
         sound = {entry.number: entry for entry in ledger.entries}
+        taken_out = {entry.reverts: entry.number for entry in ledger.entries}
         for place in sorted({*damaged, *sound}, reverse=True):
             if place in damaged:
                 line(f"{place:>4}  ", ("damaged", "bold red"), f"  {damaged[place].problem}")
                 continue
             entry = sound[place]
-            line(*action_line(entry))
+            by = taken_out.get(place)
+            line(*action_line(entry), *([(f"  reverted by entry {by}", "yellow")] if by else []))
             if edits := said.get(entry.number):
                 more = f" (and {counted(len(edits) - 1, 'more edit')})" if edits[1:] else ""
                 line(f"    {edits[0][0]} → {edits[0][1]}{more}")
@@ -322,16 +352,17 @@ def verify(
     With --model it also lays the stack on the base model and compares all weights, to the bit, with the checkpoint's: after the
     entry it was checked out at, or after the last. Exits with 1 if anything is wrong, and names each file.
     """
-    from factpatch.errors import PatchError
-    from factpatch.workspace import Workspace
-    from factpatch.workspace.store import Store
-    from factpatch.workspace.verify import verify as look
-
     if model is not None and not model.exists():
         raise BadConfig(
             f"--model {model}: there is no such folder.\n  Make one: {typed_in(workspace, 'checkout', '--out', model)}"
         )
     with progress() as report:
+        report(_OPENING, 0, None)
+        from factpatch.errors import PatchError
+        from factpatch.workspace import Workspace
+        from factpatch.workspace.store import Store
+        from factpatch.workspace.verify import verify as look
+
         try:
             space = Workspace.open(workspace, device=device)
         except PatchError:  # too damaged to be opened, but its files can be looked at

@@ -97,6 +97,7 @@ ACCEPT = """
 
   factpatch accept
   factpatch accept 3
+  factpatch accept -C facts 3 --strict
   factpatch accept -C facts 3 --message "checked by hand" --json
 """
 
@@ -106,6 +107,7 @@ def accept(
         int | None, typer.Argument(metavar="N", min=1, help="Number of the proposal; default: the only one that waits.")
     ] = None,
     allow_conflicts: opt.AllowConflicts = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse it if an earlier edit is lost by it.")] = False,
     author: opt.Author = None,
     message: opt.Message = "",
     workspace: opt.Workspace = Path(),
@@ -115,13 +117,14 @@ def accept(
     """Lay a proposal on the stack for good, and ask all earlier edits again.
 
     If the stack has changed since it was proposed, the gate is asked again; it exits with 1 if that, or a conflict, refuses it.
-    What earlier edits lose is shown and written into the ledger.
+    What earlier edits lose is shown and written into the ledger; with --strict a lost edit refuses the proposal, too.
     """
     from factpatch.workspace import Workspace
 
     space = Workspace.open(workspace, device=device)
     with if_interrupted(_left(space)), progress() as report:
-        outcome = space.accept(number, allow_conflicts=allow_conflicts, author=author, message=message, progress=report)
+        more: dict[str, Any] = {"allow_conflicts": allow_conflicts, "strict": strict, "author": author}
+        outcome = space.accept(number, **more, message=message, progress=report)
     _tell(outcome, as_json=as_json)
     if not as_json and outcome.entry is not None:
         entry = outcome.entry.number

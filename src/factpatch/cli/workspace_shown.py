@@ -5,13 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from factpatch.cli.gating import show_attempts, show_judgement
+from factpatch.cli.gating import show_choice, show_judgement
 from factpatch.cli.terminal import line
+from factpatch.errors import BadConfig
 
 if TYPE_CHECKING:
-    from factpatch.workspace import Entry, Outcome, Regression
+    from pathlib import Path
 
-__all__ = ["action_line", "outcome_json", "show_outcome", "show_regressions"]
+    from factpatch.workspace import Entry, Outcome, Regression, Workspace
+
+__all__ = ["action_line", "opened", "outcome_json", "show_outcome", "show_regressions"]
+
+
+def opened(folder: Path, device: str | None, **given: str | None) -> Workspace:
+    """A workspace, where a command can be given a model instead. Raises BadConfig if that is given too."""
+    for option, value in given.items():
+        if value is not None:
+            name = option.replace("_", "-")
+            raise BadConfig(f"--{name}: a workspace has its own model, of the type it was made with.\n  Leave it out.")
+    from factpatch.workspace import Workspace
+
+    return Workspace.open(folder, device=device)
 
 
 def action_line(entry: Entry) -> tuple[str | tuple[str, str], ...]:
@@ -36,7 +50,7 @@ def show_outcome(outcome: Outcome) -> None:
     """What stood in the way or came of it, but for what was done."""
     if outcome.choice is not None:
         if len(outcome.choice.attempts) > 1:
-            show_attempts(outcome.choice)
+            show_choice(outcome.choice)
         if outcome.choice.judgement is not None:
             show_judgement(outcome.choice.judgement)
     if outcome.judgement is not None:

@@ -53,11 +53,14 @@ def _lines(lm: LM, patches: Sequence[Patch], form: Form, shortened: Sequence[Sho
     yield f"This is {_WHAT[form]}: {lm.name} with facts changed by factpatch. Base fingerprint `{lm.fingerprint[:16]}…`."
     yield from ("", "## Load it", "", *_loading(lm, form))
     yield from ("", "## What was changed", "")
+    ids = [edit.id for _, edit in edits]
+    if len(set(ids)) < len(ids):  # as of edits that were given on the command line
+        ids = [str(i) for i in range(1, len(ids) + 1)]
     yield from _table(
         ("edit", "kind", "asked", "says now", "base model says"),
         (
-            (_cell(edit.id), edit.kind, _cell(edit.prompt), _cell(edit.target), _cell(said or "–"))
-            for (_, edit), said in zip(edits[:_MOST], _by_base(lm, edits[:_MOST]), strict=True)
+            (_cell(name), edit.kind, _cell(edit.prompt), _cell(edit.target), _cell(said or "–"))
+            for name, (_, edit), said in zip(ids[:_MOST], edits[:_MOST], _by_base(lm, edits[:_MOST]), strict=True)
         ),
     )
     if len(edits) > _MOST:

@@ -27,7 +27,7 @@ from factpatch.files import locked, make_folder, remove_drafts, sha256_of, whole
 from factpatch.patches import Patch
 from factpatch.progress import Progress
 from factpatch.workspace.conflicts import Conflict
-from factpatch.workspace.entry import Entry
+from factpatch.workspace.entry import Entry, replay
 from factpatch.workspace.ledger import Damage, Ledger, append, entry_file, read_ledger
 
 __all__ = ["Pending", "Settings", "Store"]
@@ -195,24 +195,26 @@ class Store:
         """The patch in its folder, and the SHA-256 of its files. One that was there before stays, and must be whole."""
         folder = self.folder / "patches" / patch.id
         if known := _of(ledger, patch.id):
-            self._check(known)
+            self._check(ledger, patch.id)
             return known
         patch.save(folder)
         return {f"patches/{patch.id}/{path.name}": sha256_of(path) for path in sorted(folder.iterdir())}
 
     def patch(self, ledger: Ledger, patch_id: str) -> Patch:
         """A patch that was accepted. Raises BadPatch, naming the file, if it is not what the ledger says."""
-        self._check(_of(ledger, patch_id))
+        self._check(ledger, patch_id)
         if patch_id not in self._read:
             self._read[patch_id] = Patch.load(self.folder / "patches" / patch_id)
         return self._read[patch_id]
 
-    def _check(self, files: Mapping[str, str]) -> None:
-        if damage := self.differing(files):
+    def _check(self, ledger: Ledger, patch_id: str) -> None:
+        if damage := self.differing(_of(ledger, patch_id)):
+            lies = replay(ledger.entries[: ledger.good])
+            number = next((place.number for place in lies if place.patch == patch_id), None)
+            out = "" if number is None else f", or take the patch out: {typed_in(self.folder, 'revert', number)}"
             raise BadPatch(
-                f"{self.folder / damage[0].path}: {damage[0].problem}.\n  Put the file back from a copy, or take the patch "
-                f"out: {typed_in(self.folder, 'revert', 'N')}; which N it is, and what else is wrong: "
-                f"{typed_in(self.folder, 'verify')}"
+                f"{self.folder / damage[0].path}: {damage[0].problem}.\n  Put the file back from a copy{out}; "
+                f"see what else is wrong: {typed_in(self.folder, 'verify')}"
             )
 
     def differing(self, files: Mapping[str, str]) -> list[Damage]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import getpass
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,8 +21,8 @@ from factpatch.lm.load import DTypeName
 from factpatch.lm.model import checksum
 from factpatch.methods import create
 from factpatch.patches import Patch, merge
-from factpatch.patches.merge import check_mergeable
 from factpatch.progress import Progress, silent
+from factpatch.words import counted
 from factpatch.workspace.conflicts import Conflict, Standing, conflicts
 from factpatch.workspace.difference import Difference, difference
 from factpatch.workspace.entry import Entry, Place, Regression
@@ -196,6 +195,17 @@ class Workspace:
         """The same as a ledger has it that was read before, each with the number of its entry."""
         return self._laid(ledger, ledger.stack(at))
 
+    def readable(self, ledger: Ledger, places: Sequence[Place]) -> tuple[list[Standing], dict[Place, BadPatch]]:
+        """The patches at these places that can be read; and those that are damaged, with what is wrong."""
+        sound: list[Standing] = []
+        damaged: dict[Place, BadPatch] = {}
+        for place in places:
+            try:
+                sound += self._laid(ledger, [place])
+            except BadPatch as error:
+                damaged[place] = error
+        return sound, damaged
+
     def _laid(self, ledger: Ledger, places: Sequence[Place]) -> list[Standing]:
         return [Standing(place.number, self.store.patch(ledger, place.patch)) for place in places]
 
@@ -222,9 +232,11 @@ class Workspace:
         Raises what making the patch raises, PatchError, OutputError.
         """
         given = {**(self.settings.config if method is None else {}), **(config or {})}
+        own = method or self.settings.method
+        if own != AUTO:
+            create(own, given).check(edits)  # before the model is loaded
 
         def made(lm: LM) -> AutoChoice:
-            own = method or self.settings.method
             return self._make(lm, edits, own, given, progress, minutes=minutes, watch=watch)
 
         return self._propose(edits, None, made, author, message, progress, allow_conflicts=allow_conflicts)
@@ -314,12 +326,14 @@ class Workspace:
         number: int | None = None,
         *,
         allow_conflicts: bool = False,
+        strict: bool = False,
         author: str | None = None,
         message: str = "",
         progress: Progress = silent,
     ) -> Outcome:
         """Lay a proposal on the stack for good; by default the only one that waits.
 
+        strict   refuse it if an edit of an earlier patch is lost by it
         message  kept below the proposal's own
 
         If the stack is another than it was made on, it is judged again there, and may be refused. Edits of earlier patches
@@ -348,6 +362,9 @@ class Workspace:
                     told += f"\n  Make the edit anew, factpatch propose, and throw this one away: {away}"
                     return Outcome(told, proposal=pending, judgement=judgement, conflicts=found)
             asked = review(lm, beneath, [*beneath, patch], stack, chat=self.settings.chat, progress=progress)
+            if strict and (gone := edits_lost(asked.lost)):
+                told = f"{counted(len(gone), 'earlier edit')} would be lost by it.\n  To have it all the same leave out --strict"
+                return Outcome(told, proposal=pending, judgement=judgement, conflicts=found, regressions=asked.lost)
             entry = self.store.commit(
                 ledger, [patch], action="accept", patch=patch.id, proposal=number, scores=scores,
                 regressions=asked.lost, **_signed(author, "\n".join(dict.fromkeys(filter(None, (pending.message, message))))),
@@ -393,7 +410,7 @@ class Workspace:
             except BadPatch:
                 if not force:
                     raise
-                below, later = self._sound(ledger, places[:at]), self._sound(ledger, places[at + 1 :])
+                below, later = (self.readable(ledger, part)[0] for part in (places[:at], places[at + 1 :]))
                 lost, made, refused = self._watch(lm, None, progress)(below, later), {}, ""
             if refused and not force:
                 return Outcome(refused, regressions=lost)
@@ -445,22 +462,15 @@ class Workspace:
 
         return lost
 
-    def _sound(self, ledger: Ledger, places: Sequence[Place]) -> list[Standing]:
-        """Those that are not damaged."""
-        found = []
-        for place in places:
-            with suppress(BadPatch):
-                found += self._laid(ledger, [place])
-        return found
-
     def checkout(self, out: str | Path, at: int | None = None, progress: Progress = silent) -> Path:
         """Write the model as it is after entry `at`, as a plain checkpoint, with `checkout.json` that says what it is.
 
         Raises PatchError for a patch that is no change of weights, BadPatch, OutputError.
         """
         ledger = self.log()
-        entry, patches = ledger.up_to(at)[-1], [standing.patch for standing in self.standing(ledger, at)]
-        check_mergeable(patches)
+        entry, stack = ledger.up_to(at)[-1], self.standing(ledger, at)
+        _check_mergeable(stack, self.store.folder)
+        patches = [standing.patch for standing in stack]
         lm = self.model(progress)
         progress("Writing the checkpoint", 0, 1)
         with lm.unpatched(), whole_folder(Path(out)) as draft:
@@ -544,6 +554,16 @@ def _blocked(found: Sequence[Conflict], folder: Path, *, allow_conflicts: bool) 
     number = blocking[0].number
     first = "Leave one of the two out" if number is None else f"Take it out first: {typed_in(folder, 'revert', number)}"
     return f"{blocking[0].says}{_more(blocking)}\n  {first}; or have both: --allow-conflicts"
+
+
+def _check_mergeable(stack: Sequence[Standing], folder: Path) -> None:
+    for number, patch in ((standing.number or 0, standing.patch) for standing in stack):
+        if not patch.mergeable:
+            out = typed_in(folder, "revert", number)
+            raise PatchError(
+                f"entry {number}: its patch ({patch.kind}, by {patch.provenance.method}) is not a change of weights, and cannot "
+                f"be merged into them.\n  Take it out, {out}, or write the model as it was before: --at {number - 1}"
+            )
 
 
 def _depends(regressions: Sequence[Regression]) -> str:
