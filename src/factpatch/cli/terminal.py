@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
@@ -24,8 +25,17 @@ if TYPE_CHECKING:
     from factpatch.scoring import Retained, Scorecard, Summary
 
 # Without markup: what a model or a user writes may hold brackets.
-out = Console(highlight=False, markup=False)
-err = Console(stderr=True, highlight=False, markup=False)
+# Where no terminal tells how wide it is, as in a pipe, wide enough that no table is cut.
+_NO_TERMINAL = 160
+
+
+def _console(stream: TextIO, **more: Any) -> Console:
+    wide = None if stream.isatty() or "COLUMNS" in os.environ else _NO_TERMINAL
+    return Console(highlight=False, markup=False, width=wide, **more)
+
+
+out = _console(sys.stdout)
+err = _console(sys.stderr, stderr=True)
 typed, typed_in = commands.typed, commands.typed_in
 
 
