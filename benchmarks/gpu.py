@@ -63,6 +63,8 @@ def main(
 ) -> None:
     """Build the model, and measure; the page is written anew after each row."""
     place = torch.device(device)
+    if most_gb is not None and place.type != "cuda":
+        raise typer.BadParameter("a limit can be set on a CUDA device alone", param_hint="--most-gb")
     if most_gb is not None:
         torch.cuda.set_per_process_memory_fraction(most_gb * 1e9 / torch.cuda.get_device_properties(place).total_memory)
     rows: list[Row] = []
@@ -129,7 +131,7 @@ def _write(out: Path | None, rows: Sequence[Row], ratios: Sequence[str], lm: LM,
         "",
         f"{lm.anatomy.n_layers} blocks, weights at random, bfloat16, {size:.1f} GB, on one {what}.{limit} The searches for",
         f"values and FT-M take all {STEPS} steps, as published; other settings are the presets, but that UltraEdit changes the",
-        "projections into the MLPs of blocks 11 to 15. Peak memory is all that is held on the device, the model included.",
+        "projections into the MLPs of blocks 11 to 15. Peak memory is what tensors take, the model included.",
         f"factpatch {version('factpatch')}, torch {version('torch')}. {date.today()}.",
         "",
         f"    python benchmarks/gpu.py {shlex.join(sys.argv[1:])}",

@@ -24,7 +24,7 @@ from pydantic import (
 
 from factpatch.errors import BadRecord, did_you_mean
 
-__all__ = ["FIELDS", "KINDS", "Edit", "EditKind", "LabelledProbe", "Probe", "Role"]
+__all__ = ["KINDS", "Edit", "EditKind", "LabelledProbe", "Probe", "Role"]
 
 EditKind = Literal["insert", "modify", "erase", "restyle"]
 KINDS: tuple[EditKind, ...] = get_args(EditKind)
@@ -134,7 +134,7 @@ class Edit(_Value):
         try:
             return cls.model_validate(record)
         except ValidationError as error:
-            field, problem = first_problem(error, FIELDS)
+            field, problem = first_problem(error, of_edit=True)
             raise BadRecord(source, number, field, problem) from None
 
     def to_json(self) -> dict[str, Any]:
@@ -166,14 +166,10 @@ def _labelled(role: Role, groups: Mapping[str, Iterable[Probe]]) -> Iterator[Lab
             yield LabelledProbe(role, kind, probe)
 
 
-FIELDS = (*Edit.model_fields, *Probe.model_fields)
-"""Of an edit, and of the probes in it."""
-
-
-def first_problem(error: ValidationError, known: Iterable[str] = ()) -> tuple[str, str]:
+def first_problem(error: ValidationError, *, of_edit: bool = False) -> tuple[str, str]:
     """The field and a sentence for the first thing pydantic objects to.
 
-    known  names of fields, of which the nearest is told where one is not known
+    of_edit  whether it was to be an edit, whose nearest field is told where one is not known
     """
     # What is not known is said first: a misspelt field is missing under its right name too.
     first = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")[0]
@@ -185,7 +181,8 @@ def first_problem(error: ValidationError, known: Iterable[str] = ()) -> tuple[st
     if first["type"] == "missing":
         return field, "expected a value, found nothing"
     if first["type"] == "extra_forbidden":
-        near = did_you_mean(field.rpartition(".")[2], known)
+        kind = Probe if "." in field else Edit
+        near = did_you_mean(field.rpartition(".")[2], kind.model_fields) if of_edit else ""
         return field or '""', "is not a field that is known here" + (f".{near}" if near else "")
     if first["type"] == "model_type":
         return field or "record", f"expected an object with fields, found {brief(first['input'])}"

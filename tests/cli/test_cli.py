@@ -66,6 +66,9 @@ def test_ask_takes_a_workspace_for_the_model(model, patch, tmp_path):
     assert space.accept().done
     _, out, _ = run("ask", "-C", tmp_path / "w", "Rome lies in", "--json")
     assert json.loads(out) == json.loads(run("ask", "-m", model, "--patch", patch, "Rome lies in", "--json")[1])
+    stacked = json.loads(run("ask", "-C", tmp_path / "w", "--patch", patch, "Rome lies in", "--json")[1])
+    twice = run("ask", "-m", model, "--patch", patch, "--patch", patch, "Rome lies in", "--json")[1]
+    assert stacked == json.loads(twice)
     code, _, message = run("ask", "-C", tmp_path / "w", "-m", model, "Rome lies in")
     assert (code, "--model: a workspace has its own model" in message) == (2, True)
 

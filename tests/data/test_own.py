@@ -136,6 +136,13 @@ def lines(*records):
             'is not a field that is known here. Did you mean "target"?',
         ),
         (
+            lines(GOOD | {"locality": {"x": [{"promt": "a"}]}}),
+            "f.jsonl",
+            0,
+            "locality.x.0.promt",
+            'is not a field that is known here. Did you mean "prompt"?',
+        ),
+        (
             lines(GOOD | {"kind": "replace"}),
             "f.jsonl",
             0,

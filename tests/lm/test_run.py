@@ -13,7 +13,7 @@ from factpatch.lm import batches, writing
 from factpatch.lm.batches import Batch, Places, current_pass, length_batches
 from factpatch.lm.hooks import reading, replacing_input, replacing_output
 from factpatch.lm.predictions import predict
-from factpatch.lm.run import UpperRun, can_resume, evaluating, input_of, logits_at
+from factpatch.lm.run import UpperRun, can_resume, evaluating, forward, input_of, logits_at
 from factpatch.lm.writing import Sampler, generate
 from factpatch.testing import ARCHITECTURES, Snapshot, logits_of, tiny_lm
 
@@ -473,3 +473,15 @@ def test_what_is_noted_beneath_is_there_above():
         run = UpperRun(lm, batch, 1)
         for _ in range(2):
             torch.testing.assert_close(run.logits_at(at), expected)
+
+
+def test_kinds_of_attention_are_switched_back_after_an_error():
+    lm = tiny_lm()
+    seen = []
+    with (
+        reading(lm.anatomy.block(0), lambda *_: seen.append(torch.backends.cuda.cudnn_sdp_enabled()) or 1 / 0),
+        pytest.raises(ZeroDivisionError),
+    ):
+        forward(lm, Batch.of([[1, 2]], lm.device))
+    assert seen == [False]
+    assert torch.backends.cuda.cudnn_sdp_enabled()

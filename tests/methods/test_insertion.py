@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from factpatch.methods import insertion
-from factpatch.methods.insertion import insert
+from factpatch.methods.insertion import insert, with_room
 from factpatch.methods.moments import factorised
 from factpatch.patches import Dense
 
@@ -102,8 +102,29 @@ def test_of_many_edits_it_is_no_larger_than_the_matrix():
 def test_more_edits_than_are_taken_at_a_time_give_the_same(monkeypatch):
     R, K, C = problem(2, n=50)
     at_once = insert(R, K, factorised(C, 1e-6), ridge=1.0, still=2 * K).dense
+    assert isinstance(at_once, torch.Tensor)
     monkeypatch.setattr(insertion, "_COLUMNS", 8)
     torch.testing.assert_close(insert(R, K, factorised(C, 1e-6), ridge=1.0, still=2 * K).dense, at_once)
+
+
+def test_one_new_edit_beside_many_earlier_is_of_rank_one():
+    R, K, C = problem(4, n=1)
+    others = problem(5, n=30)[1]
+    found = insert(R, K, factorised(C, 1e-6), ridge=0.5, still=others)
+    assert (found.u.shape, found.v.shape) == ((4, 1), (1, 7))
+    every = insert(torch.cat([R, torch.zeros(4, 30)], 1), torch.cat([K, others], 1), factorised(C, 1e-6), ridge=0.5)
+    torch.testing.assert_close(exact(found), exact(every), rtol=1e-4, atol=1e-6)
+
+
+def test_it_is_solved_on_the_cpu_where_the_device_has_no_room():
+    def compute(place):
+        if place.type == "meta":
+            raise torch.OutOfMemoryError
+        return place.type
+
+    assert with_room(torch.device("meta"), compute) == "cpu"
+    with pytest.raises(torch.OutOfMemoryError):
+        with_room(torch.device("cpu"), lambda _: compute(torch.device("meta")))
 
 
 @pytest.mark.parametrize("n", [3, 20])

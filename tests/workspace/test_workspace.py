@@ -130,6 +130,14 @@ def test_what_loses_an_earlier_edit_is_refused_if_that_is_asked_for(space):
     assert space.accept(proposal.number).done
 
 
+def test_what_is_allowed_to_take_an_edits_place_may_lose_it(space):
+    take(space, ROME)
+    proposal = space.propose([fact("Rome", "Cuba")], allow_conflicts=True).proposal
+    accepted = space.accept(proposal.number, strict=True)
+    assert accepted.done, accepted.refused
+    assert [lost.prompt for lost in accepted.regressions] == [ROME.prompt]
+
+
 def test_a_wrong_setting_is_told_before_the_model_is_loaded(space, monkeypatch):
     monkeypatch.setattr(Workspace, "model", None)
     with pytest.raises(BadConfig, match="has no setting"):

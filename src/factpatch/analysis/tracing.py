@@ -30,7 +30,7 @@ from factpatch.lm import LM
 from factpatch.lm.batches import BATCH_TOKENS, Pass, by_rows, passing
 from factpatch.lm.hooks import reading, recording, replacing_input, replacing_output, resuming
 from factpatch.lm.kv import begun, roomy
-from factpatch.lm.run import can_resume, evaluating
+from factpatch.lm.run import can_resume, evaluating, of_any_shape
 from factpatch.lm.tokens import Encoded
 from factpatch.progress import Progress, silent
 from factpatch.progress import part as part_of
@@ -372,7 +372,8 @@ class _Question:
         """The probability in each of so many rows, all of this prompt; in the columns before `since` only `past` is known."""
         ids = torch.tensor([self.ids], device=self.lm.device).expand(rows, -1)
         mask, ends = torch.ones_like(ids), ids.new_full((rows,), self.prompt - 1)
-        with passing(Pass(mask, ends)), replacing_input(self.lm.anatomy.head, lambda hidden: hidden[:, -1:]):
+        last = replacing_input(self.lm.anatomy.head, lambda hidden: hidden[:, -1:])
+        with passing(Pass(mask, ends)), of_any_shape(), last:
             out = self.lm.model(
                 input_ids=ids[:, since:], attention_mask=mask, past_key_values=past, use_cache=past is not None
             )

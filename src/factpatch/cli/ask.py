@@ -42,7 +42,7 @@ def ask(
 ) -> None:
     """Ask the model, without and with patches; greedy, up to the end of a line or sentence.
 
-    With --workspace the model as it stands there; a --patch beside it lies on top.
+    With --workspace the model as it stands there, through the chat template if the workspace has --chat; a --patch lies on top.
     """
     from factpatch.lm import load_or_connect
     from factpatch.patches import Patch
@@ -52,7 +52,7 @@ def ask(
         lm: BaseLM
         if workspace is not None:
             space = opened(workspace, device, model=model, base_url=base_url, dtype=dtype)
-            patches = [*space.stack(), *patches]
+            patches, chat = [*space.stack(), *patches], chat or space.settings.chat
             lm = space.model(report)
         else:
             lm = load_or_connect(

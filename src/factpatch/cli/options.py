@@ -86,7 +86,7 @@ JudgeUrl = Annotated[
 
 # A workspace.
 Stack = Annotated[
-    Path | None, typer.Option("--workspace", "-C", help="A workspace, whose model and patches are taken, instead.")
+    Path | None, typer.Option("--workspace", "-C", help="A workspace, whose model and patches are taken.")
 ]
 Workspace = Annotated[Path, typer.Option("--workspace", "-C", help="The workspace's folder; default: this one.")]
 At = Annotated[int | None, typer.Option("--at", min=1, metavar="N", help="As it was after entry N; default: the last.")]

@@ -24,13 +24,13 @@ from factpatch.progress import Progress as Report
 if TYPE_CHECKING:
     from factpatch.scoring import Retained, Scorecard, Summary
 
-# Without markup: what a model or a user writes may hold brackets.
-# Where no terminal tells how wide it is, as in a pipe, wide enough that no table is cut.
 _NO_TERMINAL = 160
+"""Columns where no terminal tells how many it has, as in a pipe; enough for most tables."""
 
 
-def _console(stream: TextIO, **more: Any) -> Console:
-    wide = None if stream.isatty() or "COLUMNS" in os.environ else _NO_TERMINAL
+def _console(stream: TextIO | None, **more: Any) -> Console:
+    """Without markup: what a model or a user writes may hold brackets."""
+    wide = None if (stream and stream.isatty()) or os.environ.get("COLUMNS", "").isdecimal() else _NO_TERMINAL
     return Console(highlight=False, markup=False, width=wide, **more)
 
 

@@ -166,12 +166,14 @@ def list_(
 def _show_list(
     space: Workspace, stack: Sequence[Standing], broken: Iterable[Place], waiting: Sequence[Pending]
 ) -> None:
-    counts = f"{counted(len(stack), 'patch', 'patches')}, {counted(len(waiting), 'proposal')}"
+    rows = [(str(place.number), place.patch, "damaged", [""], "red") for place in broken]
+    damaged = f", {len(rows)} damaged" if rows else ""
+    counts = f"{counted(len(stack), 'patch', 'patches')}{damaged}, {counted(len(waiting), 'proposal')}"
     line((str(space.store.folder), "bold"), f"  {space.settings.model}, {counts}")
     table = Table(header_style="bold", box=None, pad_edge=False)
     for name in ("entry", "patch", "method", "edit"):
         table.add_column(name, overflow="fold")
-    rows = [
+    rows += [
         (
             str(each.number),
             each.patch.id,
@@ -182,7 +184,6 @@ def _show_list(
         for each in stack
         for source in [each.patch.provenance]
     ]
-    rows += [(str(place.number), place.patch, "damaged", [""], "red") for place in broken]
     rows.sort(key=lambda row: int(row[0]))
     for each in waiting:
         said = [f"{prompt} → {target}" for prompt, target in each.edits] + each.message.splitlines()

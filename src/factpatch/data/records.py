@@ -17,7 +17,7 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
 
-from factpatch.edits import FIELDS, Edit, brief, first_problem
+from factpatch.edits import Edit, brief, first_problem
 from factpatch.errors import BadFile, BadRecord, did_you_mean
 from factpatch.files import parse_json, read_whole
 
@@ -128,7 +128,7 @@ class Source:
         try:
             return record.build()
         except ValidationError as error:
-            raise self.bad_record(record.number, *first_problem(error, FIELDS)) from None
+            raise self.bad_record(record.number, *first_problem(error, of_edit=True)) from None
 
     def bad_file(self, problem: str) -> BadFile:
         """The error for a file of another form than this reader's."""

@@ -28,6 +28,7 @@ __all__ = [
     "forward_on",
     "input_of",
     "logits_at",
+    "of_any_shape",
     "only_at",
     "output_of",
 ]

@@ -16,26 +16,36 @@ It minimises `‖Δ K - R‖² + λ tr(Δ C Δᵀ)`; with λ = 0 the values are 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from factpatch.patches import Dense, LowRank
 
-__all__ = ["exact", "insert", "where_exact"]
+__all__ = ["insert", "where_exact", "with_room"]
+
+T = TypeVar("T")
 
 _COLUMNS = 4096
 """Keys that are taken in float64 at a time, where there are many."""
 
 
-def exact(tensor: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """In float64, where it lies if there are such numbers there."""
-    return tensor.to(where_exact(tensor.device), torch.double)
-
-
 def where_exact(device: torch.device) -> torch.device:
     """Where float64 is computed for what lies on this device: there, or on the CPU if it has no such numbers."""
     return torch.device("cpu") if device.type == "mps" else device
+
+
+def with_room(device: torch.device, compute: Callable[[torch.device], T]) -> T:
+    """What is computed in float64 for what lies on this device: where `where_exact` says, or on the CPU if there is no room."""
+    try:
+        return compute(where_exact(device))
+    except torch.OutOfMemoryError:
+        if where_exact(device).type == "cpu":
+            raise
+    return compute(torch.device("cpu"))
 
 
 def insert(
@@ -49,45 +59,60 @@ def insert(
 ) -> LowRank | Dense:
     """`Δ` for residuals `R` and keys `K`, of rank at most n; solved in float64 where the keys lie, given in float32.
 
-    With more keys than they have numbers it is written out. Differentiable.
+    On the CPU if there is no room for it. Written out where that takes less than factors of rank n. Differentiable.
 
     factor      the lower Cholesky factor of `C`; None for `C = I`
     ridge       λ
-    directions  keys to take in place of `K` on the right; the published ROME takes keys averaged over contexts there
+    directions  keys to take in place of `K` on the right, as the published ROME takes keys averaged over contexts; not with
+                `still`
     still       further keys, whose values are to stay
     """
-    still = keys[:, :0] if still is None else still.to(keys)
-    if directions is None and ridge > 0 and keys.shape[1] + still.shape[1] > keys.shape[0]:
-        return _of_many(residuals, keys, still, factor, ridge)
-    every = exact(torch.cat([keys, still], 1))
-    along = every if directions is None else exact(directions)
-    solved = along if factor is None else torch.cholesky_solve(along, factor.to(along.device))
-    small = solved.T @ every + _as(ridge, every) * torch.eye(every.shape[1], dtype=torch.double, device=every.device)
-    scaled = torch.linalg.solve(small, solved.T)[: keys.shape[1]]
-    return LowRank(residuals.float(), scaled.to(residuals.device, torch.float32))
+    assert directions is None or still is None
+
+    def solve(place: torch.device) -> LowRank | Dense:
+        own = ridge.to(place, torch.double) if isinstance(ridge, Tensor) else ridge
+        more = [None if each is None else each.to(place) for each in (factor, directions, still)]
+        return _solved(residuals.to(place), keys.to(place), *more, ridge=own)
+
+    return with_room(keys.device, solve)
+
+
+def _solved(
+    residuals: Float[Tensor, "out edits"],
+    keys: Float[Tensor, "in edits"],
+    factor: Float[Tensor, "in in"] | None,
+    directions: Float[Tensor, "in edits"] | None,
+    still: Float[Tensor, "in others"] | None,
+    *,
+    ridge: float | Float[Tensor, ""],
+) -> LowRank | Dense:
+    every = keys if still is None else torch.cat([keys, still.to(keys)], 1)
+    if directions is None and ridge > 0 and every.shape[1] > len(every):
+        return _of_many(residuals, keys, every, factor, ridge)
+    every = every.double()
+    along = every if directions is None else directions.double()
+    solved = along if factor is None else torch.cholesky_solve(along, factor)
+    small = solved.T @ every + ridge * torch.eye(every.shape[1], dtype=torch.double, device=every.device)
+    return LowRank(residuals.float(), torch.linalg.solve(small, solved.T)[: keys.shape[1]].float())
 
 
 def _of_many(
     residuals: Float[Tensor, "out edits"],
     keys: Float[Tensor, "in edits"],
-    still: Float[Tensor, "in others"],
+    every: Float[Tensor, "in all"],
     factor: Float[Tensor, "in in"] | None,
     ridge: float | Float[Tensor, ""],
-) -> Dense:
-    """The same by the side of which there is less."""
-    here = exact(keys[:, :0])
-    metric = torch.eye(len(keys), dtype=torch.double, device=here.device) if factor is None else factor.to(here.device)
-    square = _as(ridge, here) * (metric if factor is None else metric @ metric.T)
-    wanted = here.new_zeros(len(residuals), len(keys))
+) -> LowRank | Dense:
+    """The same by the side of which there is less; `every` are the keys and those that stay."""
+    out, (width, n) = len(residuals), keys.shape
+    metric = torch.eye(width, dtype=torch.double, device=keys.device) if factor is None else factor @ factor.T
+    square = ridge * metric
+    for some in torch.split(every, _COLUMNS, 1):
+        square = square + some.double() @ some.double().T
+    root = torch.linalg.cholesky(square)
+    if n * (out + width) <= out * width:
+        return LowRank(residuals.float(), torch.cholesky_solve(keys.double(), root).T.float())
+    wanted = square.new_zeros(out, width)
     for some, own in zip(torch.split(keys, _COLUMNS, 1), torch.split(residuals, _COLUMNS, 1), strict=True):
-        read = exact(some)
-        square, wanted = square + read @ read.T, wanted + exact(own) @ read.T
-    for some in torch.split(still, _COLUMNS, 1):
-        read = exact(some)
-        square = square + read @ read.T
-    change = torch.cholesky_solve(wanted.T, torch.linalg.cholesky(square)).T
-    return Dense(change.to(residuals.device, torch.float32))
-
-
-def _as(ridge: float | Float[Tensor, ""], like: Tensor) -> float | Float[Tensor, ""]:
-    return ridge.to(like) if isinstance(ridge, Tensor) else ridge
+        wanted = wanted + own.double() @ some.double().T
+    return Dense(torch.cholesky_solve(wanted.T, root).T.float())

@@ -26,7 +26,7 @@ from factpatch.lm import LM
 from factpatch.lm.anatomy import Projection
 from factpatch.lm.batches import BATCH_TOKENS
 from factpatch.methods.base import Layers, Method, Preset, Traits
-from factpatch.methods.insertion import insert
+from factpatch.methods.insertion import insert, with_room
 from factpatch.methods.kept import kept
 from factpatch.methods.keys import context_keys, context_prefixes, subject_outputs
 from factpatch.methods.moments import (
@@ -43,6 +43,7 @@ from factpatch.methods.moments import (
 from factpatch.methods.needs import Held, Needs, Preparation, Stage, laid_on, low_rank, widest_pass
 from factpatch.methods.values import ValueConfig, search_needed, target_values
 from factpatch.patches import Dense, LowRank, WeightPatch
+from factpatch.patches.delta import moved
 from factpatch.progress import Progress, silent
 from factpatch.words import counted
 
@@ -142,7 +143,8 @@ class _Spread(Method[C], Generic[C]):
                 gap = (goal - subject_outputs(lm, site, edits, chat=config.chat)).T
                 keys = context_keys(lm, layer, edits, prefixes, chat=config.chat).mean(1).T
             share = 1.0 if config.ends_only else self.share(len(edited) - i)
-            changes[projection] = self.solve(lm, layer, gap * share, keys, config, progress)
+            change = self.solve(lm, layer, gap * share, keys, config, progress)
+            changes[projection] = moved(change, torch.device("cpu"))
             state |= self.remembered(projection, keys)
         progress("Changing blocks", len(edited), len(edited))
         return WeightPatch.of(self.provenance(lm, settled, edits, notes), changes, state)
@@ -310,9 +312,14 @@ class AlphaEdit(_Spread[AlphaEditConfig]):
         """Equation 14, in the coordinates of the free directions, where the projector is the identity."""
         free = least_used(lm, layer, config.free_share, config, progress, beside=_edited(lm, config))
         kept_keys = kept(lm, _keys_of(lm.anatomy.mlp_out(layer)), len(keys))
-        earlier = torch.cat([torch.empty(0, len(keys)), *kept_keys]).T.to(free)
-        within = insert(residuals, free.T @ keys.to(free), ridge=config.l2, still=free.T @ earlier)
-        return within.after(free.T.to(residuals))
+        earlier = torch.cat([torch.empty(0, len(keys)), *kept_keys]).T
+
+        def solve(place: torch.device) -> LowRank | Dense:
+            onto = free.to(place).T
+            new, still = (onto @ each.to(place, torch.double) for each in (keys, earlier))
+            return insert(residuals, new, ridge=config.l2, still=still).after(onto)
+
+        return with_room(lm.device, solve)
 
     def remembered(self, projection: Projection, keys: Float[Tensor, "inter edits"]) -> dict[str, Tensor]:
         """The keys, which later edits must leave alone."""

@@ -178,8 +178,7 @@ class _HyperCourse(Course):
             for lesson in lessons:
                 total += self._loss(lesson, changed, len(chosen), leaves if learn else None)
             if learn:
-                learned = [i for i, factor in enumerate(factors) if factor.requires_grad]
-                torch.autograd.backward([factors[i] for i in learned], [leaves[i].grad for i in learned])
+                torch.autograd.backward(factors, [leaf.grad for leaf in leaves])
         nll, moved, right = (total / len(chosen)).tolist()
         loss = self.config.success * nll + self.config.locality * moved
         return {"loss": loss, "nll": nll, "divergence": moved, "success": right}

@@ -36,7 +36,7 @@ from factpatch.lm.hooks import reading
 from factpatch.lm.run import input_of
 from factpatch.lm.writing import Sampler, generate
 from factpatch.methods.base import Config
-from factpatch.methods.insertion import where_exact
+from factpatch.methods.insertion import with_room
 from factpatch.methods.needs import Held, Preparation, Stage, kept_keys, widest_pass
 from factpatch.progress import Progress
 from factpatch.words import counted
@@ -122,13 +122,13 @@ def metric_factor(
 
     beside  blocks whose moments will be wanted too, and are gathered in the same pass if they are missing
     """
-    here = where_exact(lm.device)
 
     def compute() -> Tensor:
         moment = second_moments(lm, {layer, *beside}, config, progress)[layer]
-        return packed(factorised(moment.to(here), config.damping)).cpu()
+        return packed(with_room(lm.device, lambda place: factorised(moment.to(place), config.damping))).cpu()
 
-    return unpacked(_at_hand(lm, ("factor", config.damping, _described(lm, layer, config)), compute).to(here))
+    folded = _at_hand(lm, ("factor", config.damping, _described(lm, layer, config)), compute)
+    return with_room(lm.device, lambda place: unpacked(folded.to(place)))
 
 
 def directions(
@@ -144,18 +144,16 @@ def directions(
         moments = second_moments(lm, missing, config, progress)
         for i, layer in enumerate(missing):
             progress(f"Sorting the directions of block {layer} (once)", i, len(missing))
-            yield {"vectors": _eigenvectors(moments.pop(layer), where_exact(lm.device))}
+            moment = moments.pop(layer)
+            yield {"vectors": with_room(lm.device, partial(_eigenvectors, moment))}
 
     return {layer: found["vectors"] for layer, found in cached_each("directions", keys, compute).items()}
 
 
-def _eigenvectors(moment: Float[Tensor, "inter inter"], device: torch.device) -> Float[Tensor, "inter inter"]:
-    """By eigenvalue, found in float64; on the CPU if there is no room on the device for four such matrices."""
+def _eigenvectors(moment: Float[Tensor, "inter inter"], place: torch.device) -> Float[Tensor, "inter inter"]:
+    """By eigenvalue, found in float64."""
     vectors: Tensor
-    try:
-        _, vectors = torch.linalg.eigh(moment.to(device, torch.double))
-    except torch.OutOfMemoryError:
-        _, vectors = torch.linalg.eigh(moment.double())
+    _, vectors = torch.linalg.eigh(moment.to(place, torch.double))
     return vectors.float()
 
 
@@ -175,9 +173,8 @@ def least_used(
         return vectors[:, : max(1, round(share * len(vectors)))].clone()
 
     # Kept as they were stored, in half the room.
-    return _at_hand(lm, ("least used", share, _described(lm, layer, config)), compute).to(
-        where_exact(lm.device), torch.double
-    )
+    kept = _at_hand(lm, ("least used", share, _described(lm, layer, config)), compute)
+    return with_room(lm.device, lambda place: kept.to(place, torch.double))
 
 
 def factorised(moment: Float[Tensor, "inter inter"], damping: float) -> Float[Tensor, "inter inter"]:

@@ -31,6 +31,7 @@ from factpatch.methods.moments import (
 from factpatch.methods.needs import Held, Needs, Stage, laid_on, low_rank, most
 from factpatch.methods.values import TargetValue, ValueConfig, search_needed, target_values
 from factpatch.patches import LowRank, WeightPatch
+from factpatch.patches.delta import moved
 from factpatch.progress import Progress, silent
 
 __all__ = ["Emmet", "EmmetConfig", "RRome", "RRomeConfig", "Rome", "RomeConfig"]
@@ -162,7 +163,7 @@ class Rome(Method[RomeConfig]):
             residuals = torch.stack([value.old + value.delta for value in values]) - outputs
             step = insert(residuals.T, keys.T, factor, ridge=config.ridge, directions=mean.T)
         assert isinstance(step, LowRank), "directions are given"
-        return step
+        return moved(step, torch.device("cpu"))
 
 
 class RRome(Rome):

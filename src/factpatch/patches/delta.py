@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -51,7 +52,7 @@ class LowRank:
 
     def after(self, reading: Float[Tensor, "cols inner"]) -> LowRank:
         """Of the matrix that reads what `reading` puts out, seen as a change of both together."""
-        return LowRank(self.u, self.v @ reading)
+        return LowRank(self.u, self.v @ reading.to(self.v))
 
     def parts(self) -> dict[str, Tensor]:
         """Its tensors, by the suffix they are saved under."""
@@ -94,7 +95,7 @@ class Dense:
 
     def after(self, reading: Float[Tensor, "cols inner"]) -> Dense:
         """As `LowRank.after`."""
-        return Dense(self.dense @ reading)
+        return Dense(self.dense @ reading.to(self.dense))
 
     def parts(self) -> dict[str, Tensor]:
         """Its tensors, by the suffix they are saved under."""
@@ -167,7 +168,10 @@ class Sparse:
 Delta = LowRank | Sparse | Dense
 
 
-def moved(delta: Delta, device: torch.device) -> Delta:
+D = TypeVar("D", bound=Delta)
+
+
+def moved(delta: D, device: torch.device) -> D:
     """The same on another device, row by row, as a file holds it: products of other layouts round otherwise."""
     return type(delta)(*(tensor.to(device).contiguous() for tensor in delta.parts().values()))
 

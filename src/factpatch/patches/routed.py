@@ -19,7 +19,7 @@ from factpatch.lm.hooks import replacing_output
 from factpatch.lm.model import raw_bytes
 from factpatch.patches.base import Provenance
 from factpatch.patches.context import Context, ContextPatch
-from factpatch.patches.delta import LowRank, joinable, tensors_of
+from factpatch.patches.delta import LowRank, joinable, moved, tensors_of
 from factpatch.patches.parts import damaged, linear_map
 from factpatch.words import counted
 
@@ -76,8 +76,7 @@ class RoutedPatch(ContextPatch):
             stack.callback(lm.contexts.remove, router)
             stack.callback(lm.model.register_forward_pre_hook(router.look, with_kwargs=True).remove)
             for name, change in self.adapter.items():
-                there = LowRank(change.u.to(lm.device), change.v.to(lm.device))
-                stack.enter_context(replacing_output(modules[name], router.adding(there)))
+                stack.enter_context(replacing_output(modules[name], router.adding(moved(change, lm.device))))
             return stack.pop_all().close
 
     def similarity(self, asked: Float[Tensor, "prompts width"]) -> Float[Tensor, "prompts notes"]:

@@ -105,7 +105,7 @@ def _smaller(delta: Delta) -> Delta:
 
 def _plus(weight: Tensor, delta: Delta) -> Tensor:
     """The sum in float32, rounded once to the weight's type, without a copy of the weight in float32."""
-    full = moved(delta, weight.device).full().float()
+    full = delta.full().to(weight.device, torch.float32)  # multiplied where it lies: the same on every device
     return torch.add(weight, full, out=torch.empty_like(weight))
 
 

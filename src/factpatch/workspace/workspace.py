@@ -234,7 +234,7 @@ class Workspace:
         given = {**(self.settings.config if method is None else {}), **(config or {})}
         own = method or self.settings.method
         if own != AUTO:
-            create(own, given).check(edits)  # before the model is loaded
+            create(own, self._in_chat(given)).check(edits)  # before the model is loaded
 
         def made(lm: LM) -> AutoChoice:
             return self._make(lm, edits, own, given, progress, minutes=minutes, watch=watch)
@@ -260,6 +260,10 @@ class Workspace:
 
         return self._propose(source.edits, patch, judged, author, message, progress, allow_conflicts=allow_conflicts)
 
+    def _in_chat(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings of a method, with the workspace's own."""
+        return dict(config) | ({"chat": True} if self.settings.chat else {})
+
     def _make(
         self,
         lm: LM,
@@ -272,7 +276,7 @@ class Workspace:
         watch: Callable[[Attempt], None] | None = None,
     ) -> AutoChoice:
         """A patch for the model as it stands, and what the gate says."""
-        own = dict(config) | ({"chat": True} if self.settings.chat else {})
+        own = self._in_chat(config)
         if method == AUTO:
             return choose(lm, edits, self.gate, settings=own, progress=progress, minutes=minutes, watch=watch)
         return attempt(lm, edits, self.gate, create(method, own), progress)
@@ -333,7 +337,7 @@ class Workspace:
     ) -> Outcome:
         """Lay a proposal on the stack for good; by default the only one that waits.
 
-        strict   refuse it if an edit of an earlier patch is lost by it
+        strict   refuse it if an edit of an earlier patch is lost by it, but for those that it was allowed to take the place of
         message  kept below the proposal's own
 
         If the stack is another than it was made on, it is judged again there, and may be refused. Edits of earlier patches
@@ -362,7 +366,9 @@ class Workspace:
                     told += f"\n  Make the edit anew, factpatch propose, and throw this one away: {away}"
                     return Outcome(told, proposal=pending, judgement=judgement, conflicts=found)
             asked = review(lm, beneath, [*beneath, patch], stack, chat=self.settings.chat, progress=progress)
-            if strict and (gone := edits_lost(asked.lost)):
+            replaced = {(each.number, each.earlier) for each in found if each.blocks}  # which was allowed
+            gone = [lost for lost in edits_lost(asked.lost) if (lost.number, lost.edit) not in replaced]
+            if strict and gone:
                 told = f"{counted(len(gone), 'earlier edit')} would be lost by it.\n  To have it all the same leave out --strict"
                 return Outcome(told, proposal=pending, judgement=judgement, conflicts=found, regressions=asked.lost)
             entry = self.store.commit(
@@ -469,7 +475,7 @@ class Workspace:
         """
         ledger = self.log()
         entry, stack = ledger.up_to(at)[-1], self.standing(ledger, at)
-        _check_mergeable(stack, self.store.folder)
+        _check_mergeable(stack, self.store.folder, is_now=at is None)
         patches = [standing.patch for standing in stack]
         lm = self.model(progress)
         progress("Writing the checkpoint", 0, 1)
@@ -556,13 +562,13 @@ def _blocked(found: Sequence[Conflict], folder: Path, *, allow_conflicts: bool) 
     return f"{blocking[0].says}{_more(blocking)}\n  {first}; or have both: --allow-conflicts"
 
 
-def _check_mergeable(stack: Sequence[Standing], folder: Path) -> None:
+def _check_mergeable(stack: Sequence[Standing], folder: Path, *, is_now: bool) -> None:
     for number, patch in ((standing.number or 0, standing.patch) for standing in stack):
         if not patch.mergeable:
-            out = typed_in(folder, "revert", number)
+            out = f"Take it out, {typed_in(folder, 'revert', number)}, or w" if is_now else "W"
             raise PatchError(
                 f"entry {number}: its patch ({patch.kind}, by {patch.provenance.method}) is not a change of weights, and cannot "
-                f"be merged into them.\n  Take it out, {out}, or write the model as it was before: --at {number - 1}"
+                f"be merged into them.\n  {out}rite the model as it was before: --at {number - 1}"
             )
 
 
