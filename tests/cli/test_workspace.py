@@ -297,7 +297,8 @@ def test_a_damaged_patch_is_listed_beside_the_sound_ones(two):
     assert f"damaged: patches/{first}/patch.safetensors" in error
     assert "factpatch revert 2;" in error
     damaged, sound = out.splitlines()[-2:]
-    assert damaged.split() == ["2", first, "damaged"]
+    assert damaged.split() == ["2", first, "damaged", "Rome", "lies", "in", "→", "Peru"]
+    assert "1 patch, 1 damaged, 0 proposals" in out
     assert sound.startswith(f"3      {second}")
     code, out, _ = run("list", "--json")
     assert code == 1

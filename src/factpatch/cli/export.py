@@ -158,7 +158,7 @@ def _loaded(
         raise BadConfig("what is to be exported?\n  Give --patch, once or more, or --workspace; not both.")
     if workspace is not None:
         space = opened(workspace, device, model=model, dtype=dtype)
-        stack = list(space.stack())
+        stack = space.mergeable(space.log())
         if not stack:
             raise BadConfig(
                 f"{workspace}: no patch lies on its model, so there is nothing to export.\n"

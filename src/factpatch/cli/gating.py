@@ -61,8 +61,11 @@ def _in_short(prompt: str) -> str:
     return f"{lines[0]} … {lines[-1]}" if len(lines) > 2 else prompt
 
 
-def show_judgement(judgement: Judgement) -> None:
-    """Each requirement with its number, and the probes that speak against those that are not met."""
+def show_judgement(judgement: Judgement, without: str = "--no-propose") -> None:
+    """Each requirement with its number, and the probes that speak against those that are not met.
+
+    without  what leaves out the probes that were proposed
+    """
     for finding in judgement.verdict.findings:
         line(("✓ " if finding.passed else "✗ ", "green" if finding.passed else "red"), finding.says)
         if finding.passed or not finding.lost:
@@ -79,7 +82,7 @@ def show_judgement(judgement: Judgement) -> None:
     proposed = len(judgement.proposal.added)
     if proposed:
         made = counted(proposed, "probe was", "probes were")
-        line((f"{made} proposed, not written: --no-propose leaves them out", "dim"))
+        line((f"{made} proposed, not written: {without} leaves them out", "dim"))
 
 
 def say_attempt(attempt: Attempt) -> None:

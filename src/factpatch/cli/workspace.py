@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from factpatch.workspace import Report, Workspace
     from factpatch.workspace.conflicts import Standing
     from factpatch.workspace.entry import Place
+    from factpatch.workspace.ledger import Ledger
     from factpatch.workspace.store import Pending
 
 _OPENING = "Opening the workspace"
@@ -158,15 +159,24 @@ def list_(
             }
         )
     else:
-        _show_list(space, stack, broken, waiting)
+        _show_list(space, ledger, stack, broken, waiting)
     if broken:
         raise typer.Exit(1)
 
 
 def _show_list(
-    space: Workspace, stack: Sequence[Standing], broken: Iterable[Place], waiting: Sequence[Pending]
+    space: Workspace, ledger: Ledger, stack: Sequence[Standing], broken: Iterable[Place], waiting: Sequence[Pending]
 ) -> None:
-    rows = [(str(place.number), place.patch, "damaged", [""], "red") for place in broken]
+    rows = [
+        (
+            str(place.number),
+            place.patch,
+            "damaged",
+            [f"{prompt} → {target}" for prompt, target in space.store.says(ledger, place.patch)] or ["–"],
+            "red",
+        )
+        for place in broken
+    ]
     damaged = f", {len(rows)} damaged" if rows else ""
     counts = f"{counted(len(stack), 'patch', 'patches')}{damaged}, {counted(len(waiting), 'proposal')}"
     line((str(space.store.folder), "bold"), f"  {space.settings.model}, {counts}")

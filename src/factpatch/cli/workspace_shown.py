@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["action_line", "opened", "outcome_json", "show_outcome", "show_regressions"]
 
+_AT_INIT = "a workspace made with init --no-propose"
+
 
 def opened(folder: Path, device: str | None, **given: str | None) -> Workspace:
     """A workspace, where a command can be given a model instead. Raises BadConfig if that is given too."""
@@ -52,10 +54,10 @@ def show_outcome(outcome: Outcome) -> None:
         if len(outcome.choice.attempts) > 1:
             show_choice(outcome.choice)
         if outcome.choice.judgement is not None:
-            show_judgement(outcome.choice.judgement)
+            show_judgement(outcome.choice.judgement, _AT_INIT)
     if outcome.judgement is not None:
         line(("The stack has changed since; asked again:", "bold"))
-        show_judgement(outcome.judgement)
+        show_judgement(outcome.judgement, _AT_INIT)
     for each in outcome.conflicts:
         if each.says in outcome.refused:  # which is shown below
             continue

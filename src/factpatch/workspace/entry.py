@@ -50,7 +50,7 @@ class Regression(_Value):
     def says(self) -> str:
         """In a line."""
         wanted = " or ".join(self.expected)
-        was = f' instead of "{self.before}"' if self.before else ""
+        was = f' instead of "{self.before}"' if self.before not in {"", *self.expected} else ""
         return f'entry {self.number}: "{self.prompt}" wants "{wanted}", and gives "{self.after}"{was}'
 
 

@@ -369,7 +369,9 @@ class Workspace:
             replaced = {(each.number, each.earlier) for each in found if each.blocks}  # which was allowed
             gone = [lost for lost in edits_lost(asked.lost) if (lost.number, lost.edit) not in replaced]
             if strict and gone:
-                told = f"{counted(len(gone), 'earlier edit')} would be lost by it.\n  To have it all the same leave out --strict"
+                away = typed_in(self.store.folder, "discard", number)
+                told = f"{counted(len(gone), 'earlier edit')} would be lost by it.\n  "
+                told += f"To have it all the same leave out --strict; to be rid of it: {away}"
                 return Outcome(told, proposal=pending, judgement=judgement, conflicts=found, regressions=asked.lost)
             entry = self.store.commit(
                 ledger, [patch], action="accept", patch=patch.id, proposal=number, scores=scores,
@@ -474,9 +476,7 @@ class Workspace:
         Raises PatchError for a patch that is no change of weights, BadPatch, OutputError.
         """
         ledger = self.log()
-        entry, stack = ledger.up_to(at)[-1], self.standing(ledger, at)
-        _check_mergeable(stack, self.store.folder, is_now=at is None)
-        patches = [standing.patch for standing in stack]
+        entry, patches = ledger.up_to(at)[-1], self.mergeable(ledger, at)
         lm = self.model(progress)
         progress("Writing the checkpoint", 0, 1)
         with lm.unpatched(), whole_folder(Path(out)) as draft:
@@ -497,6 +497,19 @@ class Workspace:
             (draft / CHECKOUT).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
         progress("Writing the checkpoint", 1, 1)
         return Path(out)
+
+    def mergeable(self, ledger: Ledger, at: int | None = None) -> list[Patch]:
+        """As `standing`, of patches that can be merged into weights. Raises PatchError, naming the entry, if one cannot."""
+        stack = self.standing(ledger, at)
+        for number, patch in ((standing.number or 0, standing.patch) for standing in stack):
+            if not patch.mergeable:
+                out = "" if at is not None else f"take it out, {typed_in(self.store.folder, 'revert', number)}, or "
+                before = f"{out}write the model as it was before, {typed_in(self.store.folder, 'checkout', '--at', number - 1)}"
+                raise PatchError(
+                    f"entry {number}: its patch ({patch.kind}, by {patch.provenance.method}) is not a change of weights, and "
+                    f"cannot be merged into them.\n  {before[0].upper()}{before[1:]}"
+                )
+        return [standing.patch for standing in stack]
 
     def diff(self, a: int, b: int | None = None, *, ask: bool = True, progress: Progress = silent) -> Difference:
         """What is different after entry `b`, by default the last, from after entry `a`.
@@ -560,16 +573,6 @@ def _blocked(found: Sequence[Conflict], folder: Path, *, allow_conflicts: bool) 
     number = blocking[0].number
     first = "Leave one of the two out" if number is None else f"Take it out first: {typed_in(folder, 'revert', number)}"
     return f"{blocking[0].says}{_more(blocking)}\n  {first}; or have both: --allow-conflicts"
-
-
-def _check_mergeable(stack: Sequence[Standing], folder: Path, *, is_now: bool) -> None:
-    for number, patch in ((standing.number or 0, standing.patch) for standing in stack):
-        if not patch.mergeable:
-            out = f"Take it out, {typed_in(folder, 'revert', number)}, or w" if is_now else "W"
-            raise PatchError(
-                f"entry {number}: its patch ({patch.kind}, by {patch.provenance.method}) is not a change of weights, and cannot "
-                f"be merged into them.\n  {out}rite the model as it was before: --at {number - 1}"
-            )
 
 
 def _depends(regressions: Sequence[Regression]) -> str:
