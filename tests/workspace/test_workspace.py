@@ -336,7 +336,9 @@ def test_a_checkout_is_the_model_of_that_entry(two, tmp_path, lm):
 
 def test_a_checkout_of_what_is_no_change_of_weights_is_refused(two, tmp_path, monkeypatch):
     monkeypatch.setattr(Told, "mergeable", False)
-    with pytest.raises(PatchError, match=r"entry 2: .* cannot be merged(.|\n)* revert -C \S+ 2, or .* --at 1$"):
+    with pytest.raises(
+        PatchError, match=r"entry 2: .* cannot be merged(.|\n)* revert -C \S+ 2, or .* --at 1 --out DIR$"
+    ):
         two.checkout(tmp_path / "c")
     assert two.checkout(tmp_path / "c", at=1).is_dir()
 

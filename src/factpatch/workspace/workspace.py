@@ -504,7 +504,8 @@ class Workspace:
         for number, patch in ((standing.number or 0, standing.patch) for standing in stack):
             if not patch.mergeable:
                 out = "" if at is not None else f"take it out, {typed_in(self.store.folder, 'revert', number)}, or "
-                before = f"{out}write the model as it was before, {typed_in(self.store.folder, 'checkout', '--at', number - 1)}"
+                earlier = typed_in(self.store.folder, "checkout", "--at", number - 1, "--out", "DIR")
+                before = f"{out}write the model as it was before, {earlier}"
                 raise PatchError(
                     f"entry {number}: its patch ({patch.kind}, by {patch.provenance.method}) is not a change of weights, and "
                     f"cannot be merged into them.\n  {before[0].upper()}{before[1:]}"
