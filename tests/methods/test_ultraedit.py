@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from factpatch.errors import AnatomyError, BadPatch, CannotEdit
-from factpatch.methods import create
+from factpatch.methods import create, ultraedit
 from factpatch.methods.gradients import Moments, gradients
 from factpatch.progress import silent
 from factpatch.testing import ARCHITECTURES, tiny_edits, tiny_lm
@@ -123,6 +123,15 @@ def test_moments_of_parts_join_to_those_of_the_whole(seed, sizes):
 def test_a_column_that_never_varies_becomes_zero():
     rows = torch.tensor([[1.0, 7.0], [3.0, 7.0]])
     torch.testing.assert_close(Moments.of(rows).normalise(rows), torch.tensor([[-(0.5**0.5), 0.0], [0.5**0.5, 0.0]]))
+
+
+def test_tokens_taken_in_parts_give_the_same(monkeypatch):
+    lm, edits = tiny_lm(), tiny_edits()
+    at_once = create("ultraedit", SETTINGS).fit(lm, edits)
+    monkeypatch.setattr(ultraedit, "_ROWS", 3)
+    in_parts = create("ultraedit", SETTINGS).fit(lm, edits)
+    for name, delta in at_once.deltas.items():
+        torch.testing.assert_close(in_parts.deltas[name].full(), delta.full(), rtol=1e-4, atol=1e-7)
 
 
 def test_small_steps_lower_the_loss():
