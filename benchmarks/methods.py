@@ -48,7 +48,6 @@ from factpatch.methods import Method, create, find, names
 from factpatch.methods.context import Ike
 from factpatch.methods.learning import Learned
 from factpatch.patches import Patch
-from factpatch.progress import Progress
 from factpatch.scoring import Scorer
 
 SCORES = ("edit_success", "rephrase", "portability", "locality", "fluency")
@@ -67,7 +66,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Contender:
-    """A method with its settings for the model, and what tells its rows from those of other settings."""
+    """A method, and the settings for the model that tell its rows from others."""
 
     method: Method[Any]
     config: dict[str, Any]
@@ -90,7 +89,7 @@ def main(
         lm = load(model, progress=report)
         scorer = Scorer(lm)
         lessons = _lessons(data)
-        contenders = [_contender(lm, name, lessons, report) for name in (methods.split(",") if methods else names())]
+        contenders = [_contender(lm, name, lessons) for name in (methods.split(",") if methods else names())]
         wanted: list[str] = []
         for start in range(0, limit, ABREAST):
             for dataset, contender in itertools.product(datasets, contenders):
@@ -101,14 +100,16 @@ def main(
                 missing = {key: edit for key, edit in keys.items() if key not in scored}
                 if timed or not missing or time.monotonic() > ends:
                     continue
+                contender.method.prepare(lm, report)
                 report(f"Records from {start} on: {contender.method.name} on {dataset.name}", 0, None)
                 made = _rows(lm, contender, dataset, list(missing.values()), scorer)
                 scored.add({key: {"key": key} | row for key, row in zip(missing, made, strict=True)})
         for dataset, contender in itertools.product(datasets, contenders):
             for edit in dataset.edits[:timed]:
-                report(f"Timing {contender.method.name} on {dataset.name}", 0, None)
                 key = _key(lm, contender, dataset, edit, scorer)
                 if key not in costs:
+                    contender.method.prepare(lm, report)
+                    report(f"Timing {contender.method.name} on {dataset.name}", 0, None)
                     costs.add({key: {"key": key} | _cost(lm, contender, dataset, edit)})
         held = [scored[key] for key in wanted if key in scored]
         _write(out, held, [costs[key] for key in wanted if key in costs], lm, datasets, contenders)
@@ -140,8 +141,7 @@ def _lessons(data: Sequence[str]) -> tuple[str, int]:
     return f"own:{path}", len(lessons)
 
 
-def _contender(lm: LM, name: str, lessons: tuple[str, int], report: Progress) -> Contender:
-    """The method ready to edit: trained, if it has to be, and its statistics at hand."""
+def _contender(lm: LM, name: str, lessons: tuple[str, int]) -> Contender:
     spec, count = lessons
     kind = find(name)
     learning = {"data": spec} if issubclass(kind, Learned) else {"corpus": spec} if issubclass(kind, Ike) else {}
@@ -149,7 +149,6 @@ def _contender(lm: LM, name: str, lessons: tuple[str, int], report: Progress) ->
     config = method.resolve(lm).model_dump(mode="json", exclude_defaults=True, exclude={*learning})
     if learning:
         config |= {"learns from": f"{count} records"}
-    method.prepare(lm, report)
     return Contender(method, config)
 
 
