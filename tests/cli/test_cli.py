@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 
@@ -71,6 +72,35 @@ def test_ask_takes_a_workspace_for_the_model(model, patch, tmp_path):
     assert stacked == json.loads(twice)
     code, _, message = run("ask", "-C", tmp_path / "w", "-m", model, "Rome lies in")
     assert (code, "--model: a workspace has its own model" in message) == (2, True)
+
+
+def test_ask_in_a_workspace_takes_its_chat_template(tmp_path):
+    lm, model = tiny_lm(), str(tmp_path / "model")
+    lm.tokenizer.chat_template = "{% for m in messages %}is {{ m.content }} a city in{% endfor %}"
+    lm.model.save_pretrained(model)
+    lm.tokenizer.save_pretrained(model)
+    answers = []
+    for chat in (True, False):
+        space = tmp_path / str(chat)
+        Workspace.init(space, model, ["survey.edit_success>=0"], proposes=False, chat=chat)
+        answers.append(json.loads(run("ask", "-C", space, "Rome lies in", "--json")[1]))
+        plain = run("ask", "-m", model, "Rome lies in", "--json", *(["--chat"] if chat else []))[1]
+        assert answers[-1] == json.loads(plain)
+    assert answers[0]["without"] != answers[1]["without"]
+
+
+@pytest.mark.parametrize(("columns", "width"), [(None, 160), ("57", 57)])
+def test_tables_in_a_pipe_are_as_wide_as_columns_says_or_wide_enough(columns, width):
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    asked = "from factpatch.cli.terminal import err, out; print(out.width, err.width)"
+    told = subprocess.run(
+        [sys.executable, "-c", asked],
+        env=environment | ({"COLUMNS": columns} if columns else {}),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert told.stdout.split() == [str(width)] * 2
 
 
 def test_patch_show(patch):
