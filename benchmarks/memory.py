@@ -66,6 +66,7 @@ def main(
     if one:
         typer.echo(json.dumps(_measured(**json.loads(one))))
         return
+    out.parent.mkdir(parents=True, exist_ok=True)
     kept = out.with_suffix(".jsonl")
     rows: list[Row] = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
     wanted = [("edit", name, int(size)) for name in methods.split(",") for size in sizes.split(",")]

@@ -10,6 +10,7 @@ from factpatch.lm.hooks import replacing_output
 from factpatch.methods import create, find, names
 from factpatch.methods.base import Method
 from factpatch.methods.ft import FtM
+from factpatch.methods.gradients import gradients
 from factpatch.methods.needs import Held, Needs, Stage, kept_tokens
 from factpatch.methods.plan import Outline, outline, plan
 from factpatch.methods.targets import constant_weights
@@ -25,6 +26,7 @@ TELLING = {
     "ft-l": {"layer": 1},
     "ft-m": {"layer": 1},
     "ft-bf": {"layer": 2},
+    "ultraedit": {"layers": (0, 1)},
 }
 MOMENT = {"moment_tokens": 300, "moment_length": 20}
 
@@ -200,6 +202,15 @@ def test_more_edits_and_longer_texts_need_more_up_to_a_bound():
     assert activations[0] == pytest.approx(activations[1], rel=0.1), "a part at a time"
     longer = [edit.model_copy(update={"prompt": "Long ago, " * 9 + edit.prompt}) for edit in facts(1)]
     assert plan(create("ft-m"), lm, longer).peak_bytes > plan(create("ft-m"), lm, facts(1)).peak_bytes
+
+
+def test_rows_of_gradients_wait_in_main_memory_until_all_are_there():
+    lm, edits = tiny_lm(), tiny_edits()
+    found = gradients(lm, [p for layer in (0, 1) for p in lm.anatomy.mlp_in(layer)], 0, edits, chat=False)
+    sizes = [pair.inputs.nbytes + pair.outputs.nbytes for pair in found.values()]
+    told = plan(create("ultraedit", {"layers": (0, 1)}), lm, edits, scores=False)
+    for stage in told.stages[-2:]:
+        assert [held.bytes for held in stage.held if held.host] == [sum(sizes)]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from jaxtyping import Float
@@ -39,6 +40,11 @@ class Gradients:
     def joined(self) -> Float[Tensor, "rows both"]:
         """`[h, g]`, float32."""
         return torch.cat([self.inputs, self.outputs], 1).float()
+
+    def empty(self, rows: int) -> Gradients:
+        """Room for so many rows."""
+        inputs, outputs = (each.new_empty(rows, each.shape[1]) for each in (self.inputs, self.outputs))
+        return Gradients(inputs, outputs)
 
     def split(self, rows: int, device: torch.device) -> Iterator[Gradients]:
         """At most so many rows after the other, each part in float32 on the device."""
@@ -101,23 +107,22 @@ def gradients(
     everywhere  at every token, not only where target tokens are predicted
     """
     texts = with_targets(lm, edits, chat=chat)
-    rows: dict[int, dict[Projection, Gradients]] = {}
+    ends = list(accumulate((len(text.ids if everywhere else text.target_ids) for text in texts), initial=0))
+    found: dict[Projection, Gradients] = {}
+    done = 0
     for indices in length_batches([len(text.ids) for text in texts], tokens_at_once(lm, first)):
-        progress("Taking gradients", len(rows), len(texts))
+        progress("Taking gradients", done, len(texts))
         chosen = [texts[i] for i in indices]
         batch = TargetBatch(lm, chosen, first)
         places = Places.of([range(len(text.ids)) for text in chosen], lm.device) if everywhere else batch.places
-        counts = torch.bincount(places.rows, minlength=len(chosen)).tolist()
+        own = torch.tensor([row for i in indices for row in range(ends[i], ends[i + 1])])
         for module, pair in _of_batch(modules, batch, places).items():
-            inputs, outputs = torch.split(pair.inputs, counts), torch.split(pair.outputs, counts)
-            for index, h, g in zip(indices, inputs, outputs, strict=True):
-                rows.setdefault(index, {})[module] = Gradients(h, g)
+            if module not in found:
+                # Made whole at once: many small ones, joined in the end, would be held twice.
+                found[module] = pair.empty(ends[-1])
+            found[module].inputs[own], found[module].outputs[own] = pair.inputs, pair.outputs
+        done += len(indices)
     progress("Taking gradients", len(texts), len(texts))
-    ordered = [rows[i] for i in range(len(texts))]
-    found: dict[Projection, Gradients] = {}
-    for module in modules:
-        own = [row.pop(module) for row in ordered]  # let go of, module by module
-        found[module] = Gradients(torch.cat([each.inputs for each in own]), torch.cat([each.outputs for each in own]))
     return found
 
 

@@ -23,9 +23,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from factpatch.methods.needs import Held
 from factpatch.patches import Dense, LowRank
 
-__all__ = ["insert", "where_exact", "with_room"]
+__all__ = ["insert", "insert_needed", "where_exact", "with_room"]
 
 T = TypeVar("T")
 
@@ -75,6 +76,13 @@ def insert(
         return _solved(residuals.to(place), keys.to(place), *more, ridge=own)
 
     return with_room(keys.device, solve)
+
+
+def insert_needed(out: int, width: int, keys: int) -> Held:
+    """What `insert` holds at its height for so many keys, beside its arguments."""
+    few = 2 * width * keys + 3 * keys**2
+    many = 3 * width**2 + 2 * out * width + width * min(keys, _COLUMNS)
+    return Held(what=f"the solve of {keys} keys, float64", bytes=8 * (few if keys <= width else many))
 
 
 def _solved(

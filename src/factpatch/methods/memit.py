@@ -26,7 +26,7 @@ from factpatch.lm import LM
 from factpatch.lm.anatomy import Projection
 from factpatch.lm.batches import BATCH_TOKENS
 from factpatch.methods.base import Layers, Method, Preset, Traits
-from factpatch.methods.insertion import insert, with_room
+from factpatch.methods.insertion import insert, insert_needed, with_room
 from factpatch.methods.kept import kept
 from factpatch.methods.keys import context_keys, context_prefixes, subject_outputs
 from factpatch.methods.moments import (
@@ -95,10 +95,12 @@ class _Spread(Method[C], Generic[C]):
         first = last + (sites[0] is lm.anatomy.block(last))
         search = search_needed(lm, edits, first, config.contexts, config, len(sites))
         texts = len(edits) * (1 + config.contexts)
-        width = int(edited[-1].matrix.shape[1])
-        preparations, stages, solving = self.matrices_needed(lm, width, config)
+        out, width = (int(n) for n in edited[-1].matrix.shape)
+        preparations, stages, (*making, solve) = self.matrices_needed(lm, width, config)
+        solve = Stage(doing=solve.doing, held=(*solve.held, insert_needed(out, width, len(edits))))
         beside = (
             Held(what=f"keys of {texts} texts", bytes=4 * width * texts),
+            Held(what="values before, wanted, and what lies between", bytes=16 * out * len(edits)),
             # As long as the longest that a batch may hold.
             widest_pass(lm, min(BATCH_TOKENS, 32 * texts)),
             laid_on(lm, edited),
@@ -110,7 +112,7 @@ class _Spread(Method[C], Generic[C]):
             for tensor in self.remembered(projection, torch.empty(width, len(edits), device="meta")).values()
         )
         return Needs(
-            stages=(*stages, search, *(Stage(doing=one.doing, held=(*one.held, *beside)) for one in solving)),
+            stages=(*stages, search, *(Stage(doing=one.doing, held=(*one.held, *beside)) for one in (*making, solve))),
             changes=tuple(change for change, _ in changes),
             preparations=preparations,
             patch_bytes=sum(size for _, size in changes) + remembered,
@@ -120,7 +122,7 @@ class _Spread(Method[C], Generic[C]):
     def matrices_needed(
         self, lm: LM, width: int, config: C
     ) -> tuple[tuple[Preparation, ...], tuple[Stage, ...], tuple[Stage, ...]]:
-        """What `solve` needs of the blocks, whose keys are so wide: beforehand, in which stages, and what a solve holds."""
+        """What `solve` needs of the blocks, whose keys are so wide: beforehand, in which stages, and last what lies at hand."""
 
     def make(self, lm: LM, edits: tuple[Edit, ...], config: C, progress: Progress) -> WeightPatch:
         """Search the values, then change one block after the other."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from factpatch.edits import Edit
 from factpatch.lm import LM
 from factpatch.methods.base import Method, Preset, Traits
-from factpatch.methods.insertion import insert
+from factpatch.methods.insertion import insert, insert_needed
 from factpatch.methods.keys import context_keys, context_prefixes
 from factpatch.methods.moments import (
     MomentConfig,
@@ -102,7 +102,7 @@ class Rome(Method[RomeConfig]):
         """The search of values on the model as the earlier edits left it, beside the factor; and the solve."""
         layer = _layer(lm, config)
         projection = lm.anatomy.mlp_out(layer)
-        width = int(projection.matrix.shape[1])
+        out, width = (int(n) for n in projection.matrix.shape)
         preparations, stages = moments_needed(lm, [layer], config) if config.covariance else ((), ())
         metric: tuple[Held, ...] = ()
         waiting: tuple[Held, ...] = ()
@@ -112,7 +112,8 @@ class Rome(Method[RomeConfig]):
         groups = [list(edits)] if self.traits.joint else [[edit] for edit in edits]
         search = most(search_needed(lm, group, layer, config.contexts, config) for group in groups)
         copies = laid_on(lm, [projection])
-        solving = (*metric, Held(what="the matrix in float32", bytes=4 * projection.matrix.numel()), copies)
+        matrix = Held(what="the matrix in float32", bytes=4 * projection.matrix.numel())
+        solving = (*metric, matrix, copies, insert_needed(out, width, max(map(len, groups))))
         stages = (*stages, Stage(doing=search.doing, held=(*search.held, *waiting, copies)))
         change, size = low_rank(projection, len(edits))
         return Needs(

@@ -19,10 +19,13 @@ from factpatch.lm import LM
 from factpatch.lm.anatomy import Projection
 from factpatch.methods.base import Config, Layers, Method, Preset, Traits
 from factpatch.methods.gradients import Gradients, Moments, gradients
-from factpatch.methods.insertion import insert, where_exact
+from factpatch.methods.insertion import insert, insert_needed, where_exact
 from factpatch.methods.kept import kept
+from factpatch.methods.needs import Held, Needs, Stage, low_rank
+from factpatch.methods.targets import with_targets
 from factpatch.patches import Dense, LowRank, WeightPatch
 from factpatch.progress import Progress
+from factpatch.words import counted
 
 __all__ = ["UltraEdit", "UltraEditConfig"]
 
@@ -62,6 +65,36 @@ class UltraEdit(Method[UltraEditConfig]):
         ),
     )
 
+    def needs(self, lm: LM, edits: Sequence[Edit], config: UltraEditConfig) -> Needs:
+        """One pass with gradients, whose rows of all edits wait in main memory; then one solve after the other."""
+        layers = _layers(lm, config)
+        modules = [p for layer in layers for p in _projections(lm, layer, config.part)]
+        shapes = [(int(p.matrix.shape[0]), int(p.matrix.shape[1])) for p in modules]
+        rows = sum(len(text.target_ids) for text in with_targets(lm, edits, chat=config.chat))
+        widths = [out + width for out, width in shapes]
+        waiting = Held(
+            what=f"inputs and gradients of {rows} tokens at {counted(len(modules), 'matrix', 'matrices')}",
+            bytes=rows * sum(widths) * lm.dtype.itemsize,
+            host=True,
+        )
+        one = Held(
+            what="one matrix's in float32, and some of them in float64",
+            bytes=(4 * rows + 24 * min(rows, _ROWS)) * max(widths),
+        )
+        solve = max((insert_needed(*shape, rows) for shape in shapes), key=lambda held: held.bytes)
+        changes = [low_rank(projection, rows) for projection in modules]
+        kept_size = sum(size for _, size in changes)
+        done = Held(what="the changes", bytes=kept_size)
+        (learning,) = super().needs(lm, edits, config.model_copy(update={"layers": layers})).stages
+        return Needs(
+            stages=(
+                Stage(doing="Taking gradients", held=(*learning.held, waiting)),
+                Stage(doing="Solving", held=(waiting, one, solve, done)),
+            ),
+            changes=tuple(change for change, _ in changes),
+            patch_bytes=kept_size + 24 * sum(map(sum, set(shapes))),
+        )
+
     def make(self, lm: LM, edits: tuple[Edit, ...], config: UltraEditConfig, progress: Progress) -> WeightPatch:
         """One forward and backward pass, one solve for each module."""
         layers = _layers(lm, config)
@@ -89,7 +122,7 @@ class UltraEdit(Method[UltraEditConfig]):
 
 
 _STATE = "ultraedit moments of "
-_ROWS = 4096
+_ROWS = 1024
 """Tokens that are looked at in float64 at a time, where there are many."""
 
 
