@@ -107,7 +107,7 @@ def gradients(
     everywhere  at every token, not only where target tokens are predicted
     """
     texts = with_targets(lm, edits, chat=chat)
-    ends = list(accumulate((len(text.ids if everywhere else text.target_ids) for text in texts), initial=0))
+    bounds = list(accumulate((len(text.ids if everywhere else text.target_ids) for text in texts), initial=0))
     found: dict[Projection, Gradients] = {}
     done = 0
     for indices in length_batches([len(text.ids) for text in texts], tokens_at_once(lm, first)):
@@ -115,11 +115,11 @@ def gradients(
         chosen = [texts[i] for i in indices]
         batch = TargetBatch(lm, chosen, first)
         places = Places.of([range(len(text.ids)) for text in chosen], lm.device) if everywhere else batch.places
-        own = torch.tensor([row for i in indices for row in range(ends[i], ends[i + 1])])
+        own = torch.tensor([row for i in indices for row in range(bounds[i], bounds[i + 1])])
         for module, pair in _of_batch(modules, batch, places).items():
             if module not in found:
                 # Made whole at once: many small ones, joined in the end, would be held twice.
-                found[module] = pair.empty(ends[-1])
+                found[module] = pair.empty(bounds[-1])
             found[module].inputs[own], found[module].outputs[own] = pair.inputs, pair.outputs
         done += len(indices)
     progress("Taking gradients", len(texts), len(texts))

@@ -122,7 +122,10 @@ class _Spread(Method[C], Generic[C]):
     def matrices_needed(
         self, lm: LM, width: int, config: C
     ) -> tuple[tuple[Preparation, ...], tuple[Stage, ...], tuple[Stage, ...]]:
-        """What `solve` needs of the blocks, whose keys are so wide: beforehand, in which stages, and last what lies at hand."""
+        """What `solve` needs of the blocks, whose keys are so wide.
+
+        Prepared beforehand, and in which stages; then the stages that hold the edits' keys as well, the solve the last of them.
+        """
 
     def make(self, lm: LM, edits: tuple[Edit, ...], config: C, progress: Progress) -> WeightPatch:
         """Search the values, then change one block after the other."""

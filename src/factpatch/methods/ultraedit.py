@@ -84,12 +84,11 @@ class UltraEdit(Method[UltraEditConfig]):
         solve = max((insert_needed(*shape, rows) for shape in shapes), key=lambda held: held.bytes)
         changes = [low_rank(projection, rows) for projection in modules]
         kept_size = sum(size for _, size in changes)
-        done = Held(what="the changes", bytes=kept_size)
         (learning,) = super().needs(lm, edits, config.model_copy(update={"layers": layers})).stages
         return Needs(
             stages=(
                 Stage(doing="Taking gradients", held=(*learning.held, waiting)),
-                Stage(doing="Solving", held=(waiting, one, solve, done)),
+                Stage(doing="Solving", held=(waiting, one, solve, Held(what="the changes", bytes=kept_size))),
             ),
             changes=tuple(change for change, _ in changes),
             patch_bytes=kept_size + 24 * sum(map(sum, set(shapes))),
