@@ -435,7 +435,8 @@ def test_the_subjects_last_token_holds_its_last_character(prompt, data):
     tokens = CACHED.setdefault("byte-level", byte_level())
     start = data.draw(st.integers(0, len(prompt) - 1))
     subject = prompt[start : data.draw(st.integers(start + 1, len(prompt)))]
-    if not subject.strip():
+    # A token that ends within a character is decoded to U+FFFD, which a text with that character would be taken for.
+    if not subject.strip() or "\ufffd" in prompt:
         return
     found = tokens.encode(prompt, "x", subject=subject)
     at = [i for i in range(len(prompt)) if prompt.startswith(subject, i)]
