@@ -105,12 +105,13 @@ def main(
                 made = _rows(lm, contender, dataset, list(missing.values()), scorer)
                 scored.add({key: {"key": key} | row for key, row in zip(missing, made, strict=True)})
         for dataset, contender in itertools.product(datasets, contenders):
-            for edit in dataset.edits[:timed]:
-                key = _key(lm, contender, dataset, edit, scorer)
-                if key not in costs:
-                    contender.method.prepare(lm, report)
-                    report(f"Timing {contender.method.name} on {dataset.name}", 0, None)
-                    costs.add({key: {"key": key} | _cost(lm, contender, dataset, edit)})
+            keys = {_key(lm, contender, dataset, edit, scorer): edit for edit in dataset.edits[:timed]}
+            missing = {key: edit for key, edit in keys.items() if key not in costs}
+            if missing:
+                contender.method.prepare(lm, report)
+            for key, edit in missing.items():
+                report(f"Timing {contender.method.name} on {dataset.name}", 0, None)
+                costs.add({key: {"key": key} | _cost(lm, contender, dataset, edit)})
         held = [scored[key] for key in wanted if key in scored]
         _write(out, held, [costs[key] for key in wanted if key in costs], lm, datasets, contenders)
 

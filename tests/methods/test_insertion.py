@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from factpatch.methods import insertion
-from factpatch.methods.insertion import insert, with_room
+from factpatch.methods.insertion import insert, insert_needed, with_room
 from factpatch.methods.moments import factorised
 from factpatch.patches import Dense
 
@@ -133,3 +133,27 @@ def test_further_keys_stay_as_if_they_were_given_what_they_had(n):
     factor = factorised(C, 1e-6)
     every = insert(torch.cat([R, torch.zeros(4, 2)], 1), torch.cat([K, others], 1), factor, ridge=0.5)
     torch.testing.assert_close(exact(insert(R, K, factor, ridge=0.5, still=others)), exact(every))
+
+
+def peak(compute):
+    """Most bytes that the allocator has given out at once, beside what it had before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as told:
+        compute()
+    held, most = 0, 0
+    for event in told.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
+
+
+@pytest.mark.parametrize("directions", [False, True])
+@pytest.mark.parametrize("metric", [False, True])
+@pytest.mark.parametrize("n", [100, 390, 1000])
+def test_what_a_solve_is_told_to_need_is_what_it_holds(n, metric, directions):
+    out, width = 300, 400
+    R, K, C = problem(0, out, width, n)
+    factor = torch.linalg.cholesky(C.double() + torch.eye(width)) if metric else None
+    along = K + 0.1 if directions else None
+    held = peak(lambda: insert(R, K, factor, ridge=1.0, directions=along))
+    assert 0.9 * held < insert_needed(out, width, n, metric=metric, directions=directions).bytes < 1.1 * held

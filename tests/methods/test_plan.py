@@ -209,8 +209,8 @@ def test_rows_of_gradients_wait_in_main_memory_until_all_are_there():
     found = gradients(lm, [p for layer in (0, 1) for p in lm.anatomy.mlp_in(layer)], 0, edits, chat=False)
     sizes = [pair.inputs.nbytes + pair.outputs.nbytes for pair in found.values()]
     told = plan(create("ultraedit", {"layers": (0, 1)}), lm, edits, scores=False)
-    for stage in told.stages[-2:]:
-        assert [held.bytes for held in stage.held if held.host] == [sum(sizes)]
+    for stage in told.stages[-3:]:
+        assert sum(sizes) in [held.bytes for held in stage.held if held.host]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """UltraEdit and the factors of gradients, against autograd and the plain formulas."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -57,11 +58,18 @@ def test_a_mixture_has_no_map_into_its_mlp():
         tiny_lm("mixtral").anatomy.mlp_in(0)
 
 
-def test_rows_come_in_the_order_of_the_edits_whatever_their_length():
-    lm, edits = tiny_lm(), tiny_edits()
+@pytest.mark.parametrize("everywhere", [False, True])
+@pytest.mark.parametrize("budget", [1, 30, 1000])
+def test_rows_come_in_the_order_of_the_edits_whatever_their_length_and_batch(monkeypatch, budget, everywhere):
+    monkeypatch.setattr("factpatch.methods.gradients.tokens_at_once", lambda *_: budget)
+    short, longer = tiny_edits()
+    longest = longer.model_copy(
+        update={"id": "longest", "prompt": f"Long ago, {longer.prompt}", "target": "a pilot in Peru"}
+    )
+    lm, edits = tiny_lm(), [longer, longest, short]
     module = lm.anatomy.mlp_out(1)
-    both = gradients(lm, [module], 0, edits, chat=False, progress=silent)[module]
-    alone = [gradients(lm, [module], 0, [edit], chat=False, progress=silent)[module] for edit in edits]
+    take = partial(gradients, lm, [module], 0, chat=False, everywhere=everywhere, progress=silent)
+    both, alone = take(edits)[module], [take([edit])[module] for edit in edits]
     torch.testing.assert_close(both.inputs, torch.cat([pair.inputs for pair in alone]), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(both.outputs, torch.cat([pair.outputs for pair in alone]), rtol=1e-3, atol=1e-6)
 

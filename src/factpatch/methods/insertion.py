@@ -60,7 +60,7 @@ def insert(
 ) -> LowRank | Dense:
     """`Δ` for residuals `R` and keys `K`, of rank at most n; solved in float64 where the keys lie, given in float32.
 
-    On the CPU if there is no room for it. Written out where that takes less than factors of rank n. Differentiable.
+    On the CPU if there is no room for it. Differentiable. Where there are more keys than they have numbers it may be written out.
 
     factor      the lower Cholesky factor of `C`; None for `C = I`
     ridge       λ
@@ -78,11 +78,21 @@ def insert(
     return with_room(keys.device, solve)
 
 
-def insert_needed(out: int, width: int, keys: int) -> Held:
-    """What `insert` holds at its height for so many keys, beside its arguments."""
-    few = 2 * width * keys + 3 * keys**2
-    many = 3 * width**2 + 2 * out * width + width * min(keys, _COLUMNS)
-    return Held(what=f"the solve of {keys} keys, float64", bytes=8 * (few if keys <= width else many))
+def insert_needed(out: int, width: int, keys: int, *, metric: bool = False, directions: bool = False) -> Held:
+    """What `insert` holds at its height for so many keys, with a ridge, beside its arguments.
+
+    metric      with a `factor`
+    directions  with `directions`
+    """
+    if keys <= width or directions:
+        taken = (1 + metric + directions) * width * keys
+        held = taken + max(metric * width**2, 3 * keys**2, width * keys + 2 * keys**2)
+    else:
+        part = min(keys, _COLUMNS)
+        adding = 2 * width**2 + part * width
+        wanting = width**2 + 2 * out * width + part * (out + width)
+        held = max(adding, wanting, 2 * (width + out) * width)
+    return Held(what=f"the solve of {keys} keys, float64", bytes=8 * held)
 
 
 def _solved(
@@ -113,14 +123,24 @@ def _of_many(
 ) -> LowRank | Dense:
     """The same by the side of which there is less; `every` are the keys and those that stay."""
     out, (width, n) = len(residuals), keys.shape
-    metric = torch.eye(width, dtype=torch.double, device=keys.device) if factor is None else factor @ factor.T
-    square = ridge * metric
-    for some in torch.split(every, _COLUMNS, 1):
-        square = square + some.double() @ some.double().T
-    root = torch.linalg.cholesky(square)
+    root = _root(every, factor, ridge)
     if n * (out + width) <= out * width:
         return LowRank(residuals.float(), torch.cholesky_solve(keys.double(), root).T.float())
-    wanted = square.new_zeros(out, width)
+    wanted = root.new_zeros(out, width)
     for some, own in zip(torch.split(keys, _COLUMNS, 1), torch.split(residuals, _COLUMNS, 1), strict=True):
-        wanted = wanted + own.double() @ some.double().T
+        wanted = torch.addmm(wanted, own.double(), some.double().T)
     return Dense(torch.cholesky_solve(wanted.T, root).T.float())
+
+
+def _root(
+    keys: Float[Tensor, "in all"], factor: Float[Tensor, "in in"] | None, ridge: float | Float[Tensor, ""]
+) -> Float[Tensor, "in in"]:
+    """The lower Cholesky factor of `K Kᵀ + λ C`."""
+    square = ridge * (
+        torch.eye(len(keys), dtype=torch.double, device=keys.device) if factor is None else factor @ factor.T
+    )
+    for some in torch.split(keys, _COLUMNS, 1):
+        part = some.double()
+        square = torch.addmm(square, part, part.T)
+    root: Tensor = torch.linalg.cholesky(square)
+    return root

@@ -43,7 +43,7 @@ from factpatch.methods.moments import (
 from factpatch.methods.needs import Held, Needs, Preparation, Stage, laid_on, low_rank, widest_pass
 from factpatch.methods.values import ValueConfig, search_needed, target_values
 from factpatch.patches import Dense, LowRank, WeightPatch
-from factpatch.patches.delta import moved
+from factpatch.patches.delta import moved, smaller
 from factpatch.progress import Progress, silent
 from factpatch.words import counted
 
@@ -96,8 +96,7 @@ class _Spread(Method[C], Generic[C]):
         search = search_needed(lm, edits, first, config.contexts, config, len(sites))
         texts = len(edits) * (1 + config.contexts)
         out, width = (int(n) for n in edited[-1].matrix.shape)
-        preparations, stages, (*making, solve) = self.matrices_needed(lm, width, config)
-        solve = Stage(doing=solve.doing, held=(*solve.held, insert_needed(out, width, len(edits))))
+        preparations, stages, solving = self.matrices_needed(lm, (out, width), len(edits), config)
         beside = (
             Held(what=f"keys of {texts} texts", bytes=4 * width * texts),
             Held(what="values before, wanted, and what lies between", bytes=16 * out * len(edits)),
@@ -112,7 +111,7 @@ class _Spread(Method[C], Generic[C]):
             for tensor in self.remembered(projection, torch.empty(width, len(edits), device="meta")).values()
         )
         return Needs(
-            stages=(*stages, search, *(Stage(doing=one.doing, held=(*one.held, *beside)) for one in (*making, solve))),
+            stages=(*stages, search, *(Stage(doing=one.doing, held=(*one.held, *beside)) for one in solving)),
             changes=tuple(change for change, _ in changes),
             preparations=preparations,
             patch_bytes=sum(size for _, size in changes) + remembered,
@@ -120,11 +119,11 @@ class _Spread(Method[C], Generic[C]):
 
     @abstractmethod
     def matrices_needed(
-        self, lm: LM, width: int, config: C
+        self, lm: LM, shape: tuple[int, int], edits: int, config: C
     ) -> tuple[tuple[Preparation, ...], tuple[Stage, ...], tuple[Stage, ...]]:
-        """What `solve` needs of the blocks, whose keys are so wide.
+        """What `solve` needs for so many edits of matrices of this shape, keys and values apart.
 
-        Prepared beforehand, and in which stages; then the stages that hold the edits' keys as well, the solve the last of them.
+        What is prepared beforehand, in which stages, and in which stages the solve.
         """
 
     def make(self, lm: LM, edits: tuple[Edit, ...], config: C, progress: Progress) -> WeightPatch:
@@ -149,7 +148,7 @@ class _Spread(Method[C], Generic[C]):
                 keys = context_keys(lm, layer, edits, prefixes, chat=config.chat).mean(1).T
             share = 1.0 if config.ends_only else self.share(len(edited) - i)
             change = self.solve(lm, layer, gap * share, keys, config, progress)
-            changes[projection] = moved(change, torch.device("cpu"))
+            changes[projection] = smaller(moved(change, torch.device("cpu")))
             state |= self.remembered(projection, keys)
         progress("Changing blocks", len(edited), len(edited))
         return WeightPatch.of(self.provenance(lm, settled, edits, notes), changes, state)
@@ -218,11 +217,12 @@ class Memit(_Spread[MemitConfig]):
         second_moments(lm, _edited(lm, config), config, progress)
 
     def matrices_needed(
-        self, lm: LM, width: int, config: MemitConfig
+        self, lm: LM, shape: tuple[int, int], edits: int, config: MemitConfig
     ) -> tuple[tuple[Preparation, ...], tuple[Stage, ...], tuple[Stage, ...]]:
         """A factor for each block, all of them kept."""
-        layers = _edited(lm, config)
-        solving = Stage(doing="Changing the last block", held=factors_held(width, len(layers)))
+        layers, (_, width) = _edited(lm, config), shape
+        held = (*factors_held(width, len(layers)), insert_needed(*shape, edits, metric=True))
+        solving = Stage(doing="Changing the last block", held=held)
         return *moments_needed(lm, layers, config), (making_factor(width, len(layers) - 1), solving)
 
     def solve(
@@ -289,10 +289,10 @@ class AlphaEdit(_Spread[AlphaEditConfig]):
         directions(lm, _edited(lm, config), config, progress)
 
     def matrices_needed(
-        self, lm: LM, width: int, config: AlphaEditConfig
+        self, lm: LM, shape: tuple[int, int], edits: int, config: AlphaEditConfig
     ) -> tuple[tuple[Preparation, ...], tuple[Stage, ...], tuple[Stage, ...]]:
         """Free directions of each block, all of them kept; in a solve one of them twice."""
-        layers = _edited(lm, config)
+        layers, (out, width) = _edited(lm, config), shape
         free = max(1, round(config.free_share * width))
         held = (
             Held(
@@ -302,6 +302,8 @@ class AlphaEdit(_Spread[AlphaEditConfig]):
             ),
             Held(what="directions as they are read", bytes=4 * width**2, host=True),
             Held(what="one block's in float64, and in float32", bytes=12 * width * free),
+            Held(what=f"{edits} keys by these directions, float64", bytes=8 * free * edits),
+            insert_needed(out, free, edits),
         )
         return *directions_needed(lm, layers, config), (Stage(doing="Changing the last block", held=held),)
 
@@ -322,7 +324,7 @@ class AlphaEdit(_Spread[AlphaEditConfig]):
         def solve(place: torch.device) -> LowRank | Dense:
             onto = free.to(place).T
             new, still = (onto @ each.to(place, torch.double) for each in (keys, earlier))
-            return insert(residuals, new, ridge=config.l2, still=still).after(onto)
+            return insert(residuals, new, ridge=config.l2, still=still if still.shape[1] else None).after(onto)
 
         return with_room(lm.device, solve)
 

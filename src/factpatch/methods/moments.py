@@ -257,11 +257,9 @@ def making_factor(width: int, others: int = 0) -> Stage:
     return Stage(doing="Factorising second moments", held=(made, *_kept(width, others)))
 
 
-def factors_held(width: int, count: int = 1, *, solving: bool = True) -> tuple[Held, ...]:
-    """So many factors at hand, and one taken out, with the copy that a solve makes of it."""
-    taken = Held(what="one of them, and its copy in a solve", bytes=16 * width**2)
-    waiting = Held(what="one of them taken out", bytes=8 * width**2)
-    return (*_kept(width, count), taken if solving else waiting)
+def factors_held(width: int, count: int = 1) -> tuple[Held, ...]:
+    """So many factors at hand, and one taken out."""
+    return (*_kept(width, count), Held(what="one of them taken out", bytes=8 * width**2))
 
 
 def _kept(width: int, count: int) -> tuple[Held, ...]:

@@ -105,16 +105,22 @@ class Rome(Method[RomeConfig]):
         out, width = (int(n) for n in projection.matrix.shape)
         preparations, stages = moments_needed(lm, [layer], config) if config.covariance else ((), ())
         metric: tuple[Held, ...] = ()
-        waiting: tuple[Held, ...] = ()
         if config.covariance:
             stages = (*stages, making_factor(width))
-            metric, waiting = factors_held(width), factors_held(width, solving=False)
+            metric = factors_held(width)
         groups = [list(edits)] if self.traits.joint else [[edit] for edit in edits]
         search = most(search_needed(lm, group, layer, config.contexts, config) for group in groups)
         copies = laid_on(lm, [projection])
-        matrix = Held(what="the matrix in float32", bytes=4 * projection.matrix.numel())
-        solving = (*metric, matrix, copies, insert_needed(out, width, max(map(len, groups))))
-        stages = (*stages, Stage(doing=search.doing, held=(*search.held, *waiting, copies)))
+        keys = max(map(len, groups))
+        texts = keys * (1 + config.contexts)
+        solving = (
+            *metric,
+            Held(what="the matrix in float32", bytes=4 * out * width),
+            Held(what=f"keys of {texts} texts", bytes=4 * width * texts),
+            insert_needed(out, width, keys, metric=config.covariance, directions=True),
+            copies,
+        )
+        stages = (*stages, Stage(doing=search.doing, held=(*search.held, *metric, copies)))
         change, size = low_rank(projection, len(edits))
         return Needs(
             stages=(*stages, Stage(doing="Solving", held=solving)),

@@ -24,6 +24,7 @@ from factpatch.methods.kept import kept
 from factpatch.methods.needs import Held, Needs, Stage, low_rank
 from factpatch.methods.targets import with_targets
 from factpatch.patches import Dense, LowRank, WeightPatch
+from factpatch.patches.delta import moved, smaller
 from factpatch.progress import Progress
 from factpatch.words import counted
 
@@ -77,21 +78,20 @@ class UltraEdit(Method[UltraEditConfig]):
             bytes=rows * sum(widths) * lm.dtype.itemsize,
             host=True,
         )
-        one = Held(
-            what="one matrix's in float32, and some of them in float64",
-            bytes=(4 * rows + 24 * min(rows, _ROWS)) * max(widths),
-        )
+        one = Held(what="one matrix's inputs and values, float32", bytes=4 * rows * max(widths))
         solve = max((insert_needed(*shape, rows) for shape in shapes), key=lambda held: held.bytes)
+        part = Held(what="some of them in float64", bytes=24 * min(rows, _ROWS) * max(widths))
         changes = [low_rank(projection, rows) for projection in modules]
-        kept_size = sum(size for _, size in changes)
+        made = Held(what="the changes", bytes=sum(size for _, size in changes), host=True)
         (learning,) = super().needs(lm, edits, config.model_copy(update={"layers": layers})).stages
         return Needs(
             stages=(
                 Stage(doing="Taking gradients", held=(*learning.held, waiting)),
-                Stage(doing="Solving", held=(waiting, one, solve, Held(what="the changes", bytes=kept_size))),
+                Stage(doing="Normalising", held=(waiting, one, part, made)),
+                Stage(doing="Solving", held=(waiting, one, solve, made)),
             ),
             changes=tuple(change for change, _ in changes),
-            patch_bytes=kept_size + 24 * sum(map(sum, set(shapes))),
+            patch_bytes=made.bytes + 24 * sum(map(sum, set(shapes))),
         )
 
     def make(self, lm: LM, edits: tuple[Edit, ...], config: UltraEditConfig, progress: Progress) -> WeightPatch:
@@ -100,11 +100,12 @@ class UltraEdit(Method[UltraEditConfig]):
         settled = config.model_copy(update={"layers": layers})
         modules = [p for layer in layers for p in _projections(lm, layer, config.part)]
         found = gradients(lm, modules, layers[0], edits, chat=config.chat, progress=progress)
-        own = _by_shape(found, where_exact(lm.device))
+        place = where_exact(lm.device)
+        own = _by_shape(found, place)
         state = {_STATE + shape: moments.packed() for shape, moments in own.items()}
         changes: dict[Projection, LowRank | Dense] = {}
-        for i, (projection, pair) in enumerate(found.items()):
-            progress("Solving", i, len(found))
+        for i, projection in enumerate(modules):
+            progress("Solving", i, len(modules))
             shape = _shape(projection)
             moments = _with_earlier(lm, shape, own[shape])
             if moments.count < 2:
@@ -112,11 +113,9 @@ class UltraEdit(Method[UltraEditConfig]):
                     f'edit "{edits[0].id}": ultraedit cannot tell what is usual from one token at one module.\n'
                     "  Make more edits at once, or edit more layers: --set layers=…"
                 )
-            values = torch.cat(
-                [_values(moments, some, config.lr) for some in pair.split(_ROWS, where_exact(lm.device))]
-            )
-            changes[projection] = insert(values.T, pair.inputs.to(values).T, ridge=1.0)
-        progress("Solving", len(found), len(found))
+            change = _change(found.pop(projection), moments, config.lr, place)
+            changes[projection] = smaller(moved(change, torch.device("cpu")))
+        progress("Solving", len(modules), len(modules))
         return WeightPatch.of(self.provenance(lm, settled, edits), changes, state)
 
 
@@ -136,6 +135,14 @@ def _projections(lm: LM, layer: int, part: Literal["in", "out"]) -> Sequence[Pro
 
 def _shape(projection: Projection) -> str:
     return "x".join(str(n) for n in projection.matrix.shape)
+
+
+def _change(rows: Gradients, moments: Moments, lr: float, place: torch.device) -> LowRank | Dense:
+    """Of one module, from all its rows."""
+    values = torch.empty(rows.outputs.shape, dtype=torch.float32, device=place)
+    for some, own in zip(rows.split(_ROWS, place), torch.split(values, _ROWS), strict=True):
+        own.copy_(_values(moments, some, lr))
+    return insert(values.T, rows.inputs.to(values).T, ridge=1.0)
 
 
 def _values(moments: Moments, rows: Gradients, lr: float) -> Float[Tensor, "rows out"]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from factpatch.patches.parts import damaged
 
-__all__ = ["Delta", "Dense", "LowRank", "Sparse", "deltas_of", "joinable", "moved", "tensors_of"]
+__all__ = ["Delta", "Dense", "LowRank", "Sparse", "deltas_of", "joinable", "moved", "smaller", "tensors_of"]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -174,6 +174,13 @@ D = TypeVar("D", bound=Delta)
 def moved(delta: D, device: torch.device) -> D:
     """The same on another device, row by row, as a file holds it: products of other layouts round otherwise."""
     return type(delta)(*(tensor.to(device).contiguous() for tensor in delta.parts().values()))
+
+
+def smaller(delta: D) -> D | Dense:
+    """The same change, written out where that takes less room than its factors."""
+    if isinstance(delta, LowRank) and delta.u.numel() + delta.v.numel() > delta.shape.numel():
+        return Dense(delta.full())
+    return delta
 
 
 _FORMS: dict[frozenset[str], Callable[..., Delta]] = {

@@ -14,7 +14,7 @@ from factpatch.errors import BadPatch
 from factpatch.lm import LM
 from factpatch.lm.anatomy import Projection
 from factpatch.patches.base import Patch, Provenance
-from factpatch.patches.delta import Delta, Dense, LowRank, deltas_of, moved, tensors_of
+from factpatch.patches.delta import Delta, deltas_of, moved, smaller, tensors_of
 from factpatch.patches.parts import Spec, damaged, misfit
 
 __all__ = ["WeightPatch", "check_finite", "point"]
@@ -46,7 +46,7 @@ class WeightPatch(Patch):
 
         They wait in main memory: the model gets copies of its own of what they change.
         """
-        turned = {p.parameter: _smaller(delta.T if p.transposed else delta) for p, delta in changes.items()}
+        turned = {p.parameter: smaller(delta.T if p.transposed else delta) for p, delta in changes.items()}
         deltas = {name: moved(delta, torch.device("cpu")) for name, delta in turned.items()}
         return cls(provenance, deltas, {name: tensor.cpu() for name, tensor in (state or {}).items()})
 
@@ -94,13 +94,6 @@ class WeightPatch(Patch):
             }
             for name, delta in self.deltas.items()
         ]
-
-
-def _smaller(delta: Delta) -> Delta:
-    """The same change, written out where that takes less room than its factors."""
-    if isinstance(delta, LowRank) and delta.u.numel() + delta.v.numel() > delta.shape.numel():
-        return Dense(delta.full())
-    return delta
 
 
 def _plus(weight: Tensor, delta: Delta) -> Tensor:
