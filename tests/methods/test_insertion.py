@@ -6,9 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from factpatch.methods import insertion
-from factpatch.methods.insertion import insert, insert_needed, with_room
+from factpatch.methods.insertion import insert, insert_needed, set_aside, with_room
 from factpatch.methods.moments import factorised
-from factpatch.patches import Dense
+from factpatch.patches import Dense, LowRank
+from tests.reference.memory import peak
 
 
 def problem(seed, out=4, width=7, n=3):
@@ -135,25 +136,30 @@ def test_further_keys_stay_as_if_they_were_given_what_they_had(n):
     torch.testing.assert_close(exact(insert(R, K, factor, ridge=0.5, still=others)), exact(every))
 
 
-def peak(compute):
-    """Most bytes that the allocator has given out at once, beside what it had before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as told:
-        compute()
-    held, most = 0, 0
-    for event in told.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return most
-
-
+@pytest.mark.parametrize("exactly", [False, True])
 @pytest.mark.parametrize("directions", [False, True])
 @pytest.mark.parametrize("metric", [False, True])
-@pytest.mark.parametrize("n", [100, 390, 1000])
-def test_what_a_solve_is_told_to_need_is_what_it_holds(n, metric, directions):
-    out, width = 300, 400
+@pytest.mark.parametrize(
+    ("n", "out", "columns"), [(100, 300, 4096), (390, 300, 4096), (1000, 300, 4096), (1000, 100, 64), (1000, 4, 256)]
+)
+def test_what_a_solve_is_told_to_need_is_what_it_holds(monkeypatch, n, out, columns, metric, directions, exactly):
+    """Of many keys each of the three that may take most does so in one of these."""
+    monkeypatch.setattr(insertion, "_COLUMNS", columns)
+    width = 400
     R, K, C = problem(0, out, width, n)
     factor = torch.linalg.cholesky(C.double() + torch.eye(width)) if metric else None
     along = K + 0.1 if directions else None
-    held = peak(lambda: insert(R, K, factor, ridge=1.0, directions=along))
-    assert 0.9 * held < insert_needed(out, width, n, metric=metric, directions=directions).bytes < 1.1 * held
+    own = K.double() if exactly else K
+    held = peak(lambda: insert(R, own, factor, ridge=1.0, directions=along))
+    told = insert_needed(out, width, n, metric=metric, directions=directions, exact=exactly).bytes
+    assert 0.9 * held < told < 1.1 * held
+
+
+@pytest.mark.parametrize(("rank", "form"), [(2, LowRank), (5, Dense)])
+def test_a_change_is_set_aside_in_its_smaller_form(rank, form):
+    change = LowRank(torch.randn(rank, 4).T, torch.randn(6, rank).T)
+    aside = set_aside(change)
+    assert isinstance(aside, form)
+    torch.testing.assert_close(aside.full(), change.full())
+    own = {tensor.data_ptr() for tensor in change.parts().values()}
+    assert all(part.is_contiguous() and part.data_ptr() not in own for part in aside.parts().values())

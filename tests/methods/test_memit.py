@@ -14,6 +14,7 @@ from factpatch.methods.moments import MomentConfig, factorised, least_used, seco
 from factpatch.progress import silent
 from factpatch.testing import logits_of, tiny_edits, tiny_lm
 from tests.reference import plain
+from tests.reference.memory import peak
 
 QUICK = {"contexts": 2, "steps": 4, "moment_tokens": 600, "moment_length": 30}
 MOMENT = MomentConfig(moment_tokens=600, moment_length=30)
@@ -220,3 +221,23 @@ def test_what_a_module_puts_out_is_read_where_the_subject_ends():
         batch = Batch.of([text.ids], lm.device)
         torch.testing.assert_close(row, output_of(lm, module, batch)[0, text.subject])
         assert input_of(lm, module, batch).shape[-1] == lm.anatomy.mlp_out(1).matrix.shape[1]
+
+
+@pytest.mark.parametrize("n", [5, 40, 300])
+@pytest.mark.parametrize("name", ["memit", "alphaedit"])
+def test_a_solve_holds_what_the_plan_tells(name, n):
+    lm, method = tiny_lm(), create(name, QUICK | LAYERS)
+    out, width = shape = tuple(lm.anatomy.mlp_out(1).matrix.shape)
+    config = method.resolve(lm)
+    residuals, keys = torch.randn(out, n), torch.randn(width, n)
+
+    def solve():
+        method.solve(lm, 1, residuals, keys, config, silent)
+
+    solve()  # what it finds at hand from then on
+    stages = [
+        one for one in method.matrices_needed(lm, shape, n, config)[2] if one.doing != "Factorising second moments"
+    ]
+    told = max(sum(held.bytes for held in stage.held if not held.host) for stage in stages)
+    held = peak(solve)
+    assert 0.9 * held < told < 1.1 * held

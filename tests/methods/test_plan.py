@@ -205,12 +205,18 @@ def test_more_edits_and_longer_texts_need_more_up_to_a_bound():
 
 
 def test_rows_of_gradients_wait_in_main_memory_until_all_are_there():
-    lm, edits = tiny_lm(), tiny_edits()
+    lm = tiny_lm()
+    # As many as let the changes take less room written out.
+    edits = [edit.model_copy(update={"id": f"{edit.id} {i}"}) for i in range(3) for edit in tiny_edits()]
     found = gradients(lm, [p for layer in (0, 1) for p in lm.anatomy.mlp_in(layer)], 0, edits, chat=False)
     sizes = [pair.inputs.nbytes + pair.outputs.nbytes for pair in found.values()]
-    told = plan(create("ultraedit", {"layers": (0, 1)}), lm, edits, scores=False)
-    for stage in told.stages[-3:]:
-        assert sum(sizes) in [held.bytes for held in stage.held if held.host]
+    method = create("ultraedit", {"layers": (0, 1)})
+    told = plan(method, lm, edits, scores=False)
+    *before, last = [[held.bytes for held in stage.held if held.host] for stage in told.stages]
+    assert before[-3:] == [[sum(sizes)]] * 3
+    changes = method.fit(lm, edits).deltas.values()
+    assert last == [sum(part.nbytes for delta in changes for part in delta.parts().values())]
+    assert last != before[-1]
 
 
 @pytest.mark.parametrize(

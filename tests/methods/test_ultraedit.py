@@ -1,5 +1,6 @@
 """UltraEdit and the factors of gradients, against autograd and the plain formulas."""
 
+import weakref
 from dataclasses import replace
 from functools import partial
 
@@ -14,6 +15,7 @@ from factpatch.methods.gradients import Moments, gradients
 from factpatch.progress import silent
 from factpatch.testing import ARCHITECTURES, tiny_edits, tiny_lm
 from tests.reference import plain
+from tests.reference.memory import peak
 
 SETTINGS = {"layers": (1, 2), "lr": 1e-2}
 
@@ -161,3 +163,31 @@ def test_the_order_in_which_blocks_are_named_does_not_matter():
     lm, edits = tiny_lm(), tiny_edits()
     one, other = (create("ultraedit", SETTINGS | {"layers": layers}).fit(lm, edits) for layers in ((1, 2), (2, 1, 2)))
     assert one.id == other.id
+
+
+def test_rows_go_as_the_changes_come(monkeypatch):
+    gone, change_of = [], ultraedit._change
+
+    def watched(rows, *rest):
+        assert all(inputs() is None for inputs in gone)
+        gone.append(weakref.ref(rows.inputs))
+        return change_of(rows, *rest)
+
+    monkeypatch.setattr(ultraedit, "_change", watched)
+    patch = create("ultraedit", SETTINGS).fit(tiny_lm(), tiny_edits())
+    assert len(gone) == len(patch.deltas) == 4
+
+
+@pytest.mark.parametrize(("copies", "at_once"), [(1, 1024), (40, 1024), (40, 16)])
+def test_normalising_and_solving_hold_what_the_plan_tells(monkeypatch, copies, at_once):
+    monkeypatch.setattr(ultraedit, "_ROWS", at_once)
+    lm, method = tiny_lm(), create("ultraedit", SETTINGS)
+    edits = [edit.model_copy(update={"id": f"{edit.id} {i}"}) for i in range(copies) for edit in tiny_edits()]
+    found = gradients(lm, [lm.anatomy.mlp_in(1)[0]], 1, edits, chat=False, progress=silent)
+    ((_, rows),) = found.items()
+    moments = []
+    joining = peak(lambda: moments.extend(ultraedit._by_shape(found, lm.device).values()))
+    changing = peak(lambda: ultraedit._change(rows, moments[0], 1e-2, lm.device))
+    stages = method.needs(lm, edits, method.resolve(lm)).stages[1:]
+    told = max(sum(held.bytes for held in stage.held if not held.host) for stage in stages)
+    assert 0.9 * max(joining, changing) < told < 1.15 * max(joining, changing)

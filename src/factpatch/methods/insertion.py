@@ -25,8 +25,9 @@ from torch import Tensor
 
 from factpatch.methods.needs import Held
 from factpatch.patches import Dense, LowRank
+from factpatch.patches.delta import moved, smaller
 
-__all__ = ["insert", "insert_needed", "where_exact", "with_room"]
+__all__ = ["insert", "insert_needed", "set_aside", "where_exact", "with_room"]
 
 T = TypeVar("T")
 
@@ -78,21 +79,32 @@ def insert(
     return with_room(keys.device, solve)
 
 
-def insert_needed(out: int, width: int, keys: int, *, metric: bool = False, directions: bool = False) -> Held:
+def insert_needed(
+    out: int, width: int, keys: int, *, metric: bool = False, directions: bool = False, exact: bool = False
+) -> Held:
     """What `insert` holds at its height for so many keys, with a ridge, beside its arguments.
 
     metric      with a `factor`
     directions  with `directions`
+    exact       the keys are in float64 already, so that no copy of them is made
     """
     if keys <= width or directions:
-        taken = (1 + metric + directions) * width * keys
-        held = taken + max(metric * width**2, 3 * keys**2, width * keys + 2 * keys**2)
+        taken = (1 + metric + directions - exact) * width * keys
+        solving, rounding = width * keys + 2 * keys**2, 3 * width * keys // 2 + keys**2
+        held = taken + max(metric * width**2, 3 * keys**2, solving, rounding)
     else:
         part = min(keys, _COLUMNS)
-        adding = 2 * width**2 + part * width
-        wanting = width**2 + 2 * out * width + part * (out + width)
+        own = 0 if exact else part * width
+        adding = 2 * width**2 + own
+        wanting = width**2 + 2 * out * width + part * out + own
         held = max(adding, wanting, 2 * (width + out) * width)
     return Held(what=f"the solve of {keys} keys, float64", bytes=8 * held)
+
+
+def set_aside(change: LowRank | Dense) -> LowRank | Dense:
+    """In its smaller form and in main memory, as a patch keeps it; multiplied where it lies, or on the CPU without room."""
+    lies = next(iter(change.parts().values())).device
+    return with_room(lies, lambda place: moved(smaller(moved(change, place)), torch.device("cpu")))
 
 
 def _solved(

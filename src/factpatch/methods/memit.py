@@ -26,7 +26,7 @@ from factpatch.lm import LM
 from factpatch.lm.anatomy import Projection
 from factpatch.lm.batches import BATCH_TOKENS
 from factpatch.methods.base import Layers, Method, Preset, Traits
-from factpatch.methods.insertion import insert, insert_needed, with_room
+from factpatch.methods.insertion import insert, insert_needed, set_aside, with_room
 from factpatch.methods.kept import kept
 from factpatch.methods.keys import context_keys, context_prefixes, subject_outputs
 from factpatch.methods.moments import (
@@ -43,7 +43,6 @@ from factpatch.methods.moments import (
 from factpatch.methods.needs import Held, Needs, Preparation, Stage, laid_on, low_rank, widest_pass
 from factpatch.methods.values import ValueConfig, search_needed, target_values
 from factpatch.patches import Dense, LowRank, WeightPatch
-from factpatch.patches.delta import moved, smaller
 from factpatch.progress import Progress, silent
 from factpatch.words import counted
 
@@ -147,8 +146,7 @@ class _Spread(Method[C], Generic[C]):
                 gap = (goal - subject_outputs(lm, site, edits, chat=config.chat)).T
                 keys = context_keys(lm, layer, edits, prefixes, chat=config.chat).mean(1).T
             share = 1.0 if config.ends_only else self.share(len(edited) - i)
-            change = self.solve(lm, layer, gap * share, keys, config, progress)
-            changes[projection] = smaller(moved(change, torch.device("cpu")))
+            changes[projection] = set_aside(self.solve(lm, layer, gap * share, keys, config, progress))
             state |= self.remembered(projection, keys)
         progress("Changing blocks", len(edited), len(edited))
         return WeightPatch.of(self.provenance(lm, settled, edits, notes), changes, state)
@@ -291,21 +289,23 @@ class AlphaEdit(_Spread[AlphaEditConfig]):
     def matrices_needed(
         self, lm: LM, shape: tuple[int, int], edits: int, config: AlphaEditConfig
     ) -> tuple[tuple[Preparation, ...], tuple[Stage, ...], tuple[Stage, ...]]:
-        """Free directions of each block, all of them kept; in a solve one of them twice."""
+        """Free directions of each block, all of them kept; one of them in float64, and what is found in its coordinates."""
         layers, (out, width) = _edited(lm, config), shape
         free = max(1, round(config.free_share * width))
-        held = (
-            Held(
-                what=f"free directions of {counted(len(layers), 'block')}",
-                bytes=4 * width * free * len(layers),
-                host=True,
-            ),
-            Held(what="directions as they are read", bytes=4 * width**2, host=True),
-            Held(what="one block's in float64, and in float32", bytes=12 * width * free),
-            Held(what=f"{edits} keys by these directions, float64", bytes=8 * free * edits),
-            insert_needed(out, free, edits),
+        kept = Held(
+            what=f"free directions of {counted(len(layers), 'block')}",
+            bytes=4 * width * free * len(layers),
+            host=True,
         )
-        return *directions_needed(lm, layers, config), (Stage(doing="Changing the last block", held=held),)
+        reading = Held(what="directions as they are read", bytes=4 * width**2, host=True)
+        one = Held(what="one block's directions in float64", bytes=8 * width * free)
+        own = Held(what=f"{edits} keys by these directions, float64", bytes=8 * free * edits)
+        turning = Held(what="one block's directions in float32", bytes=4 * width * free)
+        return *directions_needed(lm, layers, config), (
+            Stage(doing="Reading directions", held=(kept, reading)),
+            Stage(doing="Changing the last block", held=(kept, one, own, insert_needed(out, free, edits, exact=True))),
+            Stage(doing="Turning its change back", held=(kept, one, own, turning)),
+        )
 
     def solve(
         self,

@@ -6,6 +6,7 @@ Gu et al. 2025 (arXiv 2505.14679), whose release this follows.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -19,12 +20,11 @@ from factpatch.lm import LM
 from factpatch.lm.anatomy import Projection
 from factpatch.methods.base import Config, Layers, Method, Preset, Traits
 from factpatch.methods.gradients import Gradients, Moments, gradients
-from factpatch.methods.insertion import insert, insert_needed, where_exact
+from factpatch.methods.insertion import insert, insert_needed, set_aside, with_room
 from factpatch.methods.kept import kept
 from factpatch.methods.needs import Held, Needs, Stage, low_rank
 from factpatch.methods.targets import with_targets
 from factpatch.patches import Dense, LowRank, WeightPatch
-from factpatch.patches.delta import moved, smaller
 from factpatch.progress import Progress
 from factpatch.words import counted
 
@@ -78,17 +78,21 @@ class UltraEdit(Method[UltraEditConfig]):
             bytes=rows * sum(widths) * lm.dtype.itemsize,
             host=True,
         )
-        one = Held(what="one matrix's inputs and values, float32", bytes=4 * rows * max(widths))
+        values = Held(what="one matrix's values, float32", bytes=4 * rows * max(out for out, _ in shapes))
+        inputs = Held(what="its inputs, float32", bytes=4 * rows * max(width for _, width in shapes))
         solve = max((insert_needed(*shape, rows) for shape in shapes), key=lambda held: held.bytes)
-        part = Held(what="some of them in float64", bytes=24 * min(rows, _ROWS) * max(widths))
+        # Side by side, and in float64 less their mean and squared; with a copy in float32 if they are not.
+        each = 28 if lm.dtype == torch.float32 else 32
+        part = Held(what="some rows in float64", bytes=each * min(rows, _ROWS) * max(widths))
         changes = [low_rank(projection, rows) for projection in modules]
         made = Held(what="the changes", bytes=sum(size for _, size in changes), host=True)
         (learning,) = super().needs(lm, edits, config.model_copy(update={"layers": layers})).stages
         return Needs(
             stages=(
                 Stage(doing="Taking gradients", held=(*learning.held, waiting)),
-                Stage(doing="Normalising", held=(waiting, one, part, made)),
-                Stage(doing="Solving", held=(waiting, one, solve, made)),
+                Stage(doing="Normalising", held=(waiting, values, part)),
+                Stage(doing="Solving the first", held=(waiting, values, inputs, solve)),
+                Stage(doing="Solving the last", held=(values, inputs, solve, made)),
             ),
             changes=tuple(change for change, _ in changes),
             patch_bytes=made.bytes + 24 * sum(map(sum, set(shapes))),
@@ -100,8 +104,7 @@ class UltraEdit(Method[UltraEditConfig]):
         settled = config.model_copy(update={"layers": layers})
         modules = [p for layer in layers for p in _projections(lm, layer, config.part)]
         found = gradients(lm, modules, layers[0], edits, chat=config.chat, progress=progress)
-        place = where_exact(lm.device)
-        own = _by_shape(found, place)
+        own = with_room(lm.device, partial(_by_shape, found))
         state = {_STATE + shape: moments.packed() for shape, moments in own.items()}
         changes: dict[Projection, LowRank | Dense] = {}
         for i, projection in enumerate(modules):
@@ -113,8 +116,8 @@ class UltraEdit(Method[UltraEditConfig]):
                     f'edit "{edits[0].id}": ultraedit cannot tell what is usual from one token at one module.\n'
                     "  Make more edits at once, or edit more layers: --set layers=…"
                 )
-            change = _change(found.pop(projection), moments, config.lr, place)
-            changes[projection] = smaller(moved(change, torch.device("cpu")))
+            rows = found.pop(projection)  # they go as the changes come: of thousands of edits they are what takes most
+            changes[projection] = set_aside(with_room(lm.device, partial(_change, rows, moments, config.lr)))
         progress("Solving", len(modules), len(modules))
         return WeightPatch.of(self.provenance(lm, settled, edits), changes, state)
 
@@ -139,6 +142,7 @@ def _shape(projection: Projection) -> str:
 
 def _change(rows: Gradients, moments: Moments, lr: float, place: torch.device) -> LowRank | Dense:
     """Of one module, from all its rows."""
+    moments = Moments.unpacked(moments.packed().to(place))
     values = torch.empty(rows.outputs.shape, dtype=torch.float32, device=place)
     for some, own in zip(rows.split(_ROWS, place), torch.split(values, _ROWS), strict=True):
         own.copy_(_values(moments, some, lr))
